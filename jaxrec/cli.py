@@ -1,0 +1,401 @@
+"""The `jaxrec` command. Everything that can be wrong with a command line is found before JAX is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from jaxrec import __version__
+from jaxrec import config as config_lib
+from jaxrec.config import UsageError, nearest
+from jaxrec.systems import RECIPES, SYSTEMS, System, built
+
+OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+_HELP = {"-h", "--help", "-help", "--helpfull"}
+# Errors whose message is written for the user. Anything else is a defect here, and its traceback is shown.
+_EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
+
+
+@dataclass(frozen=True)
+class _Command:
+    run: Callable[[list[str]], None]
+    usage: str
+    line: str
+    details: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `jaxrec ARGV...` and returns its exit code: 0 done, 1 failed, 2 used wrongly, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    _leave_working_directory_out()
+    show_traceback = os.environ.get("JAXREC_TRACEBACK", "") not in ("", "0")
+    try:
+        return _dispatch(words)
+    except KeyboardInterrupt:
+        print("\njaxrec: stopped; the same command continues the run", file=sys.stderr)
+        return INTERRUPTED
+    except UsageError as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"jaxrec: {error}", file=sys.stderr)
+        return USAGE
+    except _EXPECTED as error:
+        if show_traceback:
+            traceback.print_exc()
+        hint = "" if show_traceback else " (JAXREC_TRACEBACK=1 shows where)"
+        print(f"jaxrec: {type(error).__name__}: {error}{hint}", file=sys.stderr)
+        return FAILURE
+
+
+def _leave_working_directory_out() -> None:
+    """Takes the working directory off sys.path, so that a user's own `models/` is not imported instead of ours."""
+    home = Path(__file__).resolve().parent.parent
+    here = Path.cwd()
+    if here != home:
+        sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in (*_HELP, "help"):
+        print(_overview())
+        return OK if words else USAGE
+    if words[0] == "--version":
+        print(f"jaxrec {__version__}")
+        return OK
+    command = _COMMANDS.get(words[0])
+    if command is None:
+        raise UsageError(
+            f"no command '{words[0]}'{nearest(words[0], _COMMANDS)}. Commands: {', '.join(_COMMANDS)}; "
+            "`jaxrec COMMAND --help` explains one."
+        )
+    command.run(words[1:])
+    return OK
+
+
+def _overview() -> str:
+    width = max(map(len, _COMMANDS))
+    lines = [f"  {name:{width}}  {command.line}" for name, command in _COMMANDS.items()]
+    return "\n".join(
+        ["usage: jaxrec COMMAND [options]", "", *lines, "", "`jaxrec COMMAND --help` explains a command."]
+        + ["Set JAXREC_TRACEBACK=1 to see the traceback of an error."]
+    )
+
+
+def _help(name: str, *more: str) -> None:
+    command = _COMMANDS[name]
+    print("\n".join([f"usage: jaxrec {command.usage}", "", command.line + ".", "", command.details, *more]).rstrip())
+
+
+def _parse(name: str, words: Sequence[str], define: Callable[[flags.FlagValues], None]) -> tuple[Any, list[str]]:
+    """Flag values and positional words of one command; every mistake is a UsageError that shows the usage line."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    define(values)
+    try:
+        left = values(["jaxrec", *words])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(
+            f"{name}: no option --{error.flagname}{nearest(error.flagname, list(values))}. "
+            f"usage: jaxrec {_COMMANDS[name].usage}"
+        ) from error
+    except flags.Error as error:
+        raise UsageError(f"{name}: {error}. usage: jaxrec {_COMMANDS[name].usage}") from error
+    return values, left
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates `--config.x=value` overrides (either with `=` or with the value as the next word) from the rest."""
+    overrides: list[str] = []
+    rest: list[str] = []
+    pending = list(words)
+    while pending:
+        word = pending.pop(0)
+        bare = word.lstrip("-")
+        if word.startswith("-") and bare.startswith(("config.", "noconfig.")):
+            overrides.append(word)
+            if "=" not in word and pending and not pending[0].startswith("--"):
+                overrides.append(pending.pop(0))
+        else:
+            rest.append(word)
+    return overrides, rest
+
+
+def _define_run(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("config", None, "the config", flag_values=values)
+    flags.DEFINE_string("stages", None, "stages to run", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+
+
+def _define_demo(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+
+
+def _run(words: list[str]) -> None:
+    overrides, rest = _split([word for word in words if word not in _HELP])
+    values, left = _parse("run", rest, _define_run)
+    if len(words) != len(overrides) + len(rest):
+        _help("run", *(_config_tree(values.config, overrides) if values.config else ()))
+        return
+    if left:
+        raise UsageError(f"run: unexpected argument '{left[0]}'. usage: jaxrec {_COMMANDS['run'].usage}")
+    if not values.config:
+        names = ", ".join(config_lib.packaged_configs()) or "none"
+        raise UsageError(f"run needs --config=FILE[:variant] or --config=NAME[:variant]; packaged configs: {names}")
+    _execute(values.config, overrides, values.stages, values.workdir)
+
+
+def _demo(words: list[str]) -> None:
+    overrides, rest = _split([word for word in words if word not in _HELP])
+    values, left = _parse("demo", rest, _define_demo)
+    if len(words) != len(overrides) + len(rest):
+        _help("demo", *_config_tree("deeprec:demo", overrides))
+        return
+    if left:
+        raise UsageError(f"demo: unexpected argument '{left[0]}'. usage: jaxrec {_COMMANDS['demo'].usage}")
+    _execute("deeprec:demo", overrides, None, values.workdir)
+
+
+def _config_tree(spec: str, overrides: Sequence[str]) -> list[str]:
+    from jaxrec.config_docs import field_comments
+
+    path, _ = config_lib.find_config(spec)
+    config = config_lib.apply_overrides(config_lib.load_config(spec), overrides, f"--config={spec}")
+    comments = field_comments(path)
+    lines = ["", f"Fields of {spec} ({path}) and their values:", ""]
+    group = ""
+    for field, value in config_lib.flatten(config).items():
+        parent = field.rpartition(".")[0]
+        if parent != group:
+            group = parent
+            if parent and parent in comments:
+                lines += ["", f"  # {parent}: {comments[parent]}"]
+            else:
+                lines.append("")
+        text = f"  --config.{field}={value!r}"
+        lines.append(f"{text:<52} # {comments[field]}" if field in comments else text)
+    return lines
+
+
+def _stages(system: System, text: str | None) -> list[str]:
+    """The stages to run, in the system's order whatever the order on the command line."""
+    if text is None:
+        return list(system.stages)
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    for name in asked:
+        if name not in system.stages:
+            raise UsageError(
+                f"--stages={text}: {system.title} has no stage '{name}'{nearest(name, system.stages)}. "
+                f"Stages: {', '.join(system.stages)}."
+            )
+    if not asked:
+        raise UsageError(f"--stages is empty; stages of {system.title}: {', '.join(system.stages)}")
+    return [name for name in system.stages if name in asked]
+
+
+def _execute(spec: str, overrides: Sequence[str], stages: str | None, workdir: str | None) -> None:
+    config = config_lib.resolve_config(spec, overrides)
+    known = {**SYSTEMS, **RECIPES}
+    if config.system not in known:
+        raise UsageError(
+            f"--config={spec}: no system '{config.system}'{nearest(config.system, known)}. Systems: {', '.join(known)}."
+        )
+    system = known[config.system]
+    if not system.built:
+        raise UsageError(f"{system.title} is not built yet; these are: {', '.join(built())}")
+    chosen = _stages(system, stages)
+    folder = Path(workdir or f"runs/{config.system}-{config.variant}")
+    resumed = config_lib.check_workdir(folder, config)
+    config_lib.save_config(folder, config)
+    flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags, which only absl.app would parse
+    print(f"{system.title} ({config.variant}), stages {', '.join(chosen)}")
+    print(f"{'Continuing' if resumed else 'Writing to'} {folder}", flush=True)
+    failure = folder / "error.txt"
+    failure.unlink(missing_ok=True)
+    try:
+        system.load().run(config, folder, chosen)
+    except UsageError:  # for instance a stage whose forerunner has not run: nothing to trace
+        raise
+    except Exception as error:
+        # Hours may lie behind this error: the traceback is kept even where only its last line is shown.
+        config_lib.write_atomic(failure, traceback.format_exc())
+        if isinstance(error, _EXPECTED):
+            print(f"jaxrec: the run failed; full traceback in {failure}", file=sys.stderr)
+        raise
+    _show_results(folder)
+
+
+def _show_results(folder: Path) -> None:
+    from rich.console import Console
+
+    from jaxrec import report
+
+    page = report.build(folder)
+    run = report.read_run(folder)
+    if run.result is not None:
+        console = Console()
+        console.print(report.result_table(run.result))
+        for comparison in run.result.get("comparisons", ()):
+            console.print(report.comparison_line(comparison), highlight=False, markup=False)
+    for note in run.notes:
+        print(f"note: {note}")
+    print(f"Report: {page}")
+
+
+def _report(words: list[str]) -> None:
+    if _HELP & set(words):
+        _help("report")
+        return
+    _, left = _parse("report", words, lambda values: None)
+    if len(left) != 1:
+        raise UsageError(f"report needs one WORKDIR. usage: jaxrec {_COMMANDS['report'].usage}")
+    folder = Path(left[0])
+    if not folder.is_dir():
+        raise UsageError(f"report: no folder {folder}")
+    config_lib.read_config(folder)
+    _show_results(folder)
+
+
+def _define_generate(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("prompt", None, "the text to continue", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 128, "tokens at most", lower_bound=1, flag_values=values)
+    flags.DEFINE_float("temperature", 1.0, "0 is greedy", lower_bound=0.0, flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "nucleus", lower_bound=0.0, upper_bound=1.0, flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "stop texts", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "random seed", flag_values=values)
+
+
+def _generate(words: list[str]) -> None:
+    if _HELP & set(words):
+        _help("generate")
+        return
+    values, left = _parse("generate", words, _define_generate)
+    if len(left) != 1:
+        raise UsageError(f"generate needs one MODEL. usage: jaxrec {_COMMANDS['generate'].usage}")
+    if not values.prompt:
+        raise UsageError('generate needs --prompt="..." with some text')
+    path = Path(left[0])
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"generate: {path} has no config.json, so it is not a model folder")
+    if not path.exists() and left[0].count("/") > 1:
+        raise UsageError(f"generate: no folder {path} (a hub id has the form owner/name)")
+
+    import models
+
+    model = models.load(left[0])
+    if model.tokenizer is None:
+        raise UsageError(f"generate: {path} has no tokenizer files, so text cannot be turned into tokens")
+    (answer,) = models.generate(
+        model,
+        [values.prompt],
+        max_new_tokens=values.max_new_tokens,
+        temperature=values.temperature,
+        top_p=values.top_p,
+        seed=values.seed,
+        stop=list(values.stop),
+    )
+    print(answer.text)
+    print(f"[{len(answer.tokens)} tokens, {answer.finish_reason}]", file=sys.stderr)
+
+
+def _define_systems(values: flags.FlagValues) -> None:
+    flags.DEFINE_boolean("devices", False, "list JAX's devices", flag_values=values)
+
+
+def _systems(words: list[str]) -> None:
+    if _HELP & set(words):
+        _help("systems")
+        return
+    values, left = _parse("systems", words, _define_systems)
+    if left:
+        raise UsageError(f"systems: unexpected argument '{left[0]}'. usage: jaxrec {_COMMANDS['systems'].usage}")
+    packaged = config_lib.packaged_configs()
+    for system in SYSTEMS.values():
+        status = "" if system.built else "  [not built yet]"
+        print(f"{system.title}{status}\n    {system.line}\n    stages: {', '.join(system.stages)}")
+        if system.built:
+            print(f"    config: {f'--config=configs/{system.name}.py' if system.name in packaged else 'none'}")
+    print("\nData recipes")
+    for recipe in RECIPES.values():
+        print(f"{recipe.title}\n    {recipe.line}\n    config: --config=configs/{recipe.name}.py")
+    print("\nOptional parts of this machine")
+    for part, state in _optional_parts():
+        print(f"    {part:<14} {state}")
+    if values.devices:
+        import jax
+
+        print(f"    {'devices':<14} {', '.join(f'{d.device_kind} ({d.platform})' for d in jax.devices())}")
+
+
+def _optional_parts() -> list[tuple[str, str]]:
+    """What is installed, found without importing any of it."""
+
+    def state(module: str, present: str, absent: str) -> str:
+        return present if importlib.util.find_spec(module) else absent
+
+    return [
+        (
+            "GPU",
+            state("jax_cuda13_plugin", "JAX's CUDA plugin installed", "no CUDA plugin: pip install 'jaxrec[cuda]'"),
+        ),
+        ("TPU", state("libtpu", "libtpu installed", "no libtpu: pip install 'jaxrec[tpu]'")),
+        ("torch", state("torch", "installed (live parity tests)", "not installed: only `-m parity` tests need it")),
+        ("trl", state("trl", "installed (live parity tests)", "not installed: only `-m parity` tests need it")),
+    ]
+
+
+_COMMANDS = {
+    "run": _Command(
+        _run,
+        "run --config=FILE[:variant] [--stages=a,b] [--workdir=DIR] [--config.FIELD=VALUE ...]",
+        "run a system, or continue its run: the same command again goes on where it stopped",
+        """  --config=FILE[:variant]   a config file, or the name of a packaged one (deeprec:demo);
+                            without a variant, the first one of the file
+  --stages=a,b              only these stages, in the system's order (default: all; `jaxrec systems` lists them)
+  --workdir=DIR             folder of the run (default: runs/<system>-<variant>)
+  --config.FIELD=VALUE      sets a field of the config
+
+`jaxrec run --config=... --help` lists the fields of that config with their values and meaning.
+The folder then holds config.json metrics.jsonl result.json trajectories.jsonl checkpoints/ plots/ report.html.""",
+    ),
+    "demo": _Command(
+        _demo,
+        "demo [--workdir=DIR] [--config.FIELD=VALUE ...]",
+        "DeepRec end to end on the embedded world, in minutes on two CPU cores",
+        """  --workdir=DIR             folder of the run (default: runs/deeprec-demo)
+  --config.FIELD=VALUE      sets a field of the config
+
+The same as `jaxrec run --config=deeprec:demo`. It ends with a table and report.html.""",
+    ),
+    "systems": _Command(
+        _systems,
+        "systems [--devices]",
+        "the ten systems, their stages and configs, and the optional parts of this machine",
+        "  --devices                 also start JAX and list its devices",
+    ),
+    "generate": _Command(
+        _generate,
+        'generate MODEL --prompt="..." [--max_new_tokens=N] [--temperature=T] [--top_p=P] [--stop=TEXT] [--seed=N]',
+        "continue a text with a language model",
+        """  MODEL                     a Hugging Face model folder, or a hub id
+  --prompt=TEXT             the text to continue
+  --max_new_tokens=N        at most N tokens (default 128)
+  --temperature=T           0 takes the likeliest token, 1 samples from the model (default 1)
+  --top_p=P                 samples from the likeliest tokens that hold this much probability (default 1: all)
+  --stop=TEXT               ends where this text appears; may be given several times
+  --seed=N                  the same seed gives the same text (default 0)""",
+    ),
+    "report": _Command(
+        _report,
+        "report WORKDIR",
+        "make plots/ and report.html of a run anew, finished or not",
+        "  WORKDIR                   the folder of a run",
+    ),
+}

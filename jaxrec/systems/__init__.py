@@ -1,0 +1,113 @@
+"""The ten systems, each a recipe in its own file, and what is known of each without importing it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+
+@dataclass(frozen=True)
+class System:
+    """One published system: its file name here, its own name, one line on it and its stages in running order."""
+
+    name: str
+    title: str
+    line: str
+    stages: tuple[str, ...]
+
+    @property
+    def built(self) -> bool:
+        """Whether `jaxrec/systems/<name>.py` exists."""
+        return importlib.util.find_spec(f"{__name__}.{self.name}") is not None
+
+    def load(self) -> ModuleType:
+        """Imports the recipe: `run(config, workdir, stages) -> dict` and `STAGES`.
+
+        Raises:
+          ValueError: the system is not built yet, or its STAGES differ from the registry's.
+        """
+        if not self.built:
+            raise ValueError(f"the system {self.title} ({self.name}) is not built yet; built: {', '.join(built())}")
+        module = importlib.import_module(f"{__name__}.{self.name}")
+        if tuple(module.STAGES) != self.stages:
+            raise ValueError(f"{module.__file__}: STAGES is {module.STAGES}, the registry says {self.stages}")
+        return module
+
+
+SYSTEMS = {
+    system.name: system
+    for system in (
+        System(
+            "deeprec",
+            "DeepRec",
+            "an LLM talks to a recommender over several turns, then ranks; trained by two-stage RL",
+            ("trm", "cold_start", "cold_rl", "rec_rl", "evaluate"),
+        ),
+        System(
+            "stream_rec",
+            "STREAM-Rec",
+            "a sequential recommender that reasons before it recommends",
+            ("tokenize", "pretrain", "annotate", "sft", "rl", "evaluate"),
+        ),
+        System(
+            "grsu",
+            "GRSU",
+            "a simulated user scores and critiques; beam search over conversations",
+            ("synthesize", "sft", "interact", "evaluate"),
+        ),
+        System(
+            "simple_deep_searcher",
+            "SimpleDeepSearcher",
+            "search trajectories synthesised, curated, then SFT",
+            ("synthesize", "curate", "sft", "dpo", "evaluate"),
+        ),
+        System(
+            "r1_searcher_pp",
+            "R1-Searcher++",
+            "when to recall, when to search; memorise what was retrieved",
+            ("cold_start", "rl", "evaluate"),
+        ),
+        System(
+            "acpo",
+            "ACPO",
+            "fast/slow thinking with a length budget from online difficulty",
+            ("cold_start", "rl", "evaluate"),
+        ),
+        System(
+            "rv_syn",
+            "RV-Syn",
+            "verifiable maths problems from a function library and computation graphs",
+            ("library", "graphs", "problems", "export"),
+        ),
+        System(
+            "easy_ep",
+            "EASY-EP",
+            "prune MoE experts from a few demonstrations",
+            ("calibrate", "select", "prune", "evaluate"),
+        ),
+        System(
+            "kape",
+            "KAPE",
+            "which neurons carry internal or external knowledge; knowledge streams",
+            ("collect", "identify", "intervene", "report"),
+        ),
+        System(
+            "cafe",
+            "CAFE",
+            "retrieval heads find the documents, attention steering reads them",
+            ("detect", "filter", "steer", "evaluate"),
+        ),
+    )
+}
+
+# What `jaxrec run` also takes but is no published system: data to look at.
+RECIPES = {
+    "world": System("world", "Embedded world", "what the generated data holds, beside real data", ("describe",)),
+}
+
+
+def built() -> tuple[str, ...]:
+    """Names of the systems that can be run."""
+    return tuple(name for name, system in SYSTEMS.items() if system.built)

@@ -1,0 +1,1 @@
+"""What the language models call, and what writes their first traces."""

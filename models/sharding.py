@@ -1,0 +1,104 @@
+"""Meshes and the one table that maps logical axes to mesh axes.
+
+Mesh axes: ``data`` (replicated weights, split batch), ``fsdp`` (split weights and batch), ``expert`` and ``tensor``.
+Arrays are named by logical axes; :data:`RULES` turns these into a ``PartitionSpec``. An axis that a mesh does not
+divide evenly stays whole: the program remains correct and only memory is lost.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "experts": ("expert",),
+    "layers": (),
+    "head_dim": (),
+    "norm": (),
+    "time": (),
+    "model": (),  # activations' width: whole, since the batch already uses the fsdp axis
+}
+
+def make_mesh(
+    data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with axes ``data, fsdp, expert, tensor``. One size may be -1: it takes the devices that remain.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, expert, tensor]
+    if sizes.count(-1) > 1:
+        raise ValueError(f"only one mesh axis may be -1, got {dict(zip(AXES, sizes, strict=True))}")
+    if -1 in sizes:
+        known = -math.prod(sizes)
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices) or min(sizes) < 1:
+        wanted = " * ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+        raise ValueError(
+            f"mesh {wanted} does not use {len(devices)} devices; make the product equal, or set one axis to -1"
+        )
+    # Auto mode: the compiler propagates shardings, so user hooks need not be written against sharded types.
+    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec_for(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str]) -> PartitionSpec:
+    """Partition of an array with these logical axes; a mesh axis is used once and only where it divides."""
+    used: set[str] = set()
+    parts: list[tuple[str, ...] | None] = []
+    for size, name in zip(shape, axes, strict=True):
+        chosen: list[str] = []
+        for axis in RULES[name]:
+            extent = mesh.shape.get(axis, 1) * math.prod(mesh.shape[a] for a in chosen)
+            if mesh.shape.get(axis, 1) > 1 and axis not in used and size % extent == 0:
+                chosen.append(axis)
+                used.add(axis)
+        parts.append(tuple(chosen) or None)
+    return PartitionSpec(*parts)
+
+
+def sharding_for(mesh: Mesh | None, shape: Sequence[int], axes: Sequence[str]) -> NamedSharding | None:
+    """``NamedSharding`` for an array with these logical axes, or None without a mesh."""
+    return None if mesh is None else NamedSharding(mesh, spec_for(mesh, shape, axes))
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh | None) -> Iterator[Mesh | None]:
+    """Programs traced inside this context constrain their activations to ``mesh`` (None: no constraint).
+
+    JAX's own mesh context, because it is part of what ``jit`` looks a compiled program up by.
+    """
+    if mesh is None:
+        yield None
+    else:
+        with jax.set_mesh(mesh):
+            yield mesh
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Pin an activation to the mesh of :func:`use_mesh` by logical axes; the identity without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec_for(mesh, x.shape, axes))
+
+
+def shard_batch(mesh: Mesh | None, batch):
+    """Put a tree of host arrays on the mesh, split along the leading axis (replicated where it does not divide)."""
+    if mesh is None:
+        return jax.device_put(batch)
+
+    def put(x):
+        axes = ("batch",) + ("time",) * (np.ndim(x) - 1) if np.ndim(x) else ()
+        return jax.device_put(x, sharding_for(mesh, np.shape(x), axes))
+
+    return jax.tree.map(put, batch)

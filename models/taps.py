@@ -1,0 +1,75 @@
+"""Hooks on the forward pass: record what flows through a named site, or edit it.
+
+``record`` is a tuple of site names; the values come back stacked over layers. ``edit`` maps a site to a pytree with a
+``__call__(x) -> x`` whose arrays have a leading layer axis: they are scanned along with the layers, so an edit can
+differ by layer and new values never recompile. With neither, the compiled program is the one without this module.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import struct
+
+BLOCK_SITES = (
+    "resid.pre", "attn.q", "attn.k", "attn.v", "attn.logits", "attn.probs", "attn.heads", "attn.out",
+    "resid.mid", "mlp.gate", "mlp.act", "mlp.out", "resid.post",
+)  # fmt: skip
+EDGE_SITES = ("embed", "final")
+SITES = EDGE_SITES + BLOCK_SITES
+
+Edit = Callable[[jax.Array], jax.Array]
+
+
+@struct.dataclass
+class Scale:
+    """Multiply a site. ``value``: [L, ...] broadcast against the site's trailing dimensions."""
+
+    value: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.value.astype(x.dtype)
+
+
+@struct.dataclass
+class Add:
+    """Add to a site. ``value``: [L, ...]; zeros plus ``jax.grad`` with respect to it is an attribution gradient."""
+
+    value: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + self.value.astype(x.dtype)
+
+
+@struct.dataclass
+class Replace:
+    """Where ``mask`` (bool, [L, ...]) holds, put ``value`` ([L, ...])."""
+
+    mask: jax.Array
+    value: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.numpy.where(self.mask, self.value.astype(x.dtype), x)
+
+
+def check_sites(record: tuple[str, ...], edit: Mapping[str, Edit] | None) -> None:
+    """Raise ValueError for a site that does not exist, listing those that do."""
+    for name in (*record, *(edit or ())):
+        if name not in SITES:
+            raise ValueError(f"unknown tap site {name!r}; sites: {', '.join(SITES)}")
+
+
+class Taps:
+    """Trace-time object handed through one block; collects what was asked for."""
+
+    def __init__(self, record: tuple[str, ...] = (), edit: Mapping[str, Edit] | None = None):
+        self.record = record
+        self.edit = edit or {}
+        self.values: dict[str, Any] = {}
+
+    def __call__(self, name: str, x: jax.Array) -> jax.Array:
+        if name in self.edit:
+            x = self.edit[name](x)
+        if name in self.record:
+            self.values[name] = x
+        return x

@@ -1,0 +1,1 @@
+"""Environments: batched functions over explicit state."""

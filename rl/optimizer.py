@@ -1,0 +1,160 @@
+"""AdamW with gradient clipping and a schedule, the training state, and exact gradient accumulation."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+SCHEDULES = ("constant", "cosine", "linear")
+_NO_DECAY = ("norm", "bias", "scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Settings of AdamW (arXiv 1711.05101). Defaults: DeepRec's release (arXiv 2505.16810), unless said otherwise."""
+
+    lr: float = 1e-6  # peak learning rate per update; supervised runs want 1e-5 or more
+    schedule: str = "constant"  # "constant", "cosine" or "linear", down to final_scale * lr
+    warmup_steps: int = 0  # updates of linear rise from 0 to lr; 0 as in DeepRec, 3-10 % of a supervised run
+    horizon_steps: int = 0  # update at which the decay ends; needed by "cosine" and "linear"
+    final_scale: float = 0.1  # fraction of lr left after the horizon
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # Adam's denominator guard; optax's default
+    weight_decay: float = 0.0  # per update, times lr; never on norms and biases
+    clip: float | None = 1.0  # largest global gradient norm; None switches clipping off
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
+        if self.lr < 0 or not math.isfinite(self.lr):
+            raise ValueError(f"lr must be finite and at least 0, not {self.lr}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, not {self.warmup_steps}")
+        if self.schedule != "constant" and self.horizon_steps <= self.warmup_steps:
+            raise ValueError(
+                f"schedule {self.schedule!r} needs horizon_steps ({self.horizon_steps}) above "
+                f"warmup_steps ({self.warmup_steps})"
+            )
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip must be above 0, or None for no clipping, not {self.clip}")
+
+
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """The schedule as a function of the number of updates done so far."""
+    decay_steps = max(1, config.horizon_steps - config.warmup_steps)
+    main = {
+        "constant": lambda: optax.constant_schedule(config.lr),
+        "cosine": lambda: optax.cosine_decay_schedule(config.lr, decay_steps, config.final_scale),
+        "linear": lambda: optax.linear_schedule(config.lr, config.lr * config.final_scale, decay_steps),
+    }[config.schedule]()
+    if not config.warmup_steps:
+        return main
+    warmup = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
+    return optax.join_schedules([warmup, main], [config.warmup_steps])
+
+
+def decay_mask(params: Any) -> Any:
+    """True on the leaves that weight decay applies to: all but norms, scales and biases, told by the leaf's name."""
+
+    def decays(path, _):
+        name = str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1]))) if path else ""
+        return not (any(word in name for word in _NO_DECAY) or name in ("bq", "bk", "bv"))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW, as an optax transformation."""
+    adamw = optax.adamw(
+        learning_rate(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
+    )
+    return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+
+
+@struct.dataclass
+class TrainState:
+    """All that a training run changes, as one pytree (and so one checkpoint item).
+
+    params: weights; keep them float32, since at these learning rates bfloat16 would round updates away.
+    opt_state: optax's. step: int32 scalar, trainer steps done. key: typed PRNG key, constant; step n uses
+    ``fold_in(key, n)``.
+    """
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+
+
+def init_state(params: Any, config: OptimizerConfig, seed: int | jax.Array = 0) -> TrainState:
+    """A fresh state around ``params``; moments lie where their parameters lie, whatever the mesh.
+
+    seed: int, or a typed key.
+    """
+    optimizer = make_optimizer(config)
+    key = jax.random.key(seed) if isinstance(seed, int) else seed
+    step = jnp.zeros((), jnp.int32)
+    placed = [leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    mesh = next((s.mesh for s in placed if isinstance(s, jax.sharding.NamedSharding)), None)
+    if mesh is None:
+        return TrainState(params, jax.jit(optimizer.init)(params), step, key)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    # zeros_like carries no sharding through jit, so the moments' places are given explicitly.
+    shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    return TrainState(params, opt_state, jax.device_put(step, whole), jax.device_put(key, whole))
+
+
+def apply_gradients(state: TrainState, grads: Any, config: OptimizerConfig) -> tuple[TrainState, dict[str, Any]]:
+    """One optimiser update; ``step`` is left to the caller, since a trainer step may hold several updates.
+
+    Returns the state and metrics ``grad_norm`` (before clipping) and ``update_norm`` as (sum, count) pairs. An update
+    of exactly 0 leaves a weight's bits alone (adding 0.0 would turn -0.0 into 0.0).
+    """
+    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: jnp.where(u == 0, p, p + u.astype(p.dtype)), state.params, updates)
+    one = jnp.ones((), jnp.float32)
+    metrics = {"grad_norm": (optax.tree.norm(grads), one), "update_norm": (optax.tree.norm(updates), one)}
+    return state.replace(params=params, opt_state=opt_state), metrics
+
+
+def accumulate_gradients(
+    loss: Callable[[Any, Any], tuple[jax.Array, dict[str, Any]]], params: Any, batch: Any, micro_batches: int
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """Value, gradient and metrics of ``loss`` summed over ``micro_batches`` slices of the batch's leading axis.
+
+    loss(params, micro) -> (scalar, {name: (sum, count)}): a *share* of the batch's loss, already divided by the whole
+    batch's denominator, so the sum is exact however tokens are spread. Memory is that of one slice. Sums are float32.
+    Raises ValueError when the batch does not divide.
+    """
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if micro_batches < 1 or rows % micro_batches:
+        raise ValueError(f"{rows} rows cannot be split into micro_batches={micro_batches} equal parts")
+    differentiate = jax.value_and_grad(loss, has_aux=True)
+    if micro_batches == 1:
+        (value, metrics), grads = differentiate(params, batch)
+        return value, grads, metrics
+    # Slice i takes rows i, i+n, ...: a batch split over devices stays split the same way in every slice.
+    slices = jax.tree.map(lambda x: x.reshape(rows // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total, micro):
+        (value, metrics), grads = differentiate(params, micro)
+        return jax.tree.map(jnp.add, total, (value, grads, metrics)), None
+
+    first = jax.eval_shape(lambda p, b: differentiate(p, jax.tree.map(lambda x: x[0], b)), params, slices)
+    (value, metrics), grads = first
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (value, grads, metrics))
+    total, _ = jax.lax.scan(add, zeros, slices)
+    return total

@@ -1,0 +1,52 @@
+"""Eight emulated CPU devices and a persistent compilation cache for the whole session, plus shared fixtures."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set JAX up before any test module is imported: afterwards the backend is fixed for the process."""
+    marks = config.option.markexpr or ""
+    wants_accelerator = re.search(r"\bgpu\b", marks) and not re.search(r"\bnot gpu\b", marks)
+    if not wants_accelerator:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_ROOT / ".pytest_cache" / "jax")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # Subprocesses that tests start (the command line, a killed and resumed run) share the cache.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A numpy generator with a fixed seed."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A typed JAX key with a fixed seed."""
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def ml100k() -> Path:
+    """Folder of the RecBole form of MovieLens-100K (`ml-100k.inter`, `.item`, `.user`), named by JAXREC_ML100K."""
+    folder = os.environ.get("JAXREC_ML100K")
+    if not folder:
+        pytest.fail("set JAXREC_ML100K to the folder that holds ml-100k.inter (tests marked real_data need it)")
+    path = Path(folder)
+    if not (path / "ml-100k.inter").is_file():
+        pytest.fail(f"JAXREC_ML100K={path} holds no ml-100k.inter")
+    return path

@@ -1,0 +1,305 @@
+"""Import, export, round trips and refusals of Hugging Face folders, against stored checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import models
+from models import Config
+from models.hf import Model
+from models.hf_config import config_from_hf, config_to_hf
+
+FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "models"
+NAMES = ("llama", "qwen2", "qwen3", "qwen3_untied")
+
+
+def _tensors(folder: Path) -> dict[str, np.ndarray]:
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def _fields(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def _copy(name: str, folder: Path, **changes) -> Path:
+    """A copy of a fixture with config fields changed (None removes one)."""
+    shutil.copytree(FIXTURES / name, folder)
+    fields = {k: v for k, v in (_fields(folder) | changes).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_equal_transformers(name):
+    model = models.load(FIXTURES / name)
+    expected = np.load(FIXTURES / name / "expected.npz")
+    logits = models.forward(model.params, model.config, jnp.asarray(expected["tokens"])).logits
+    real = np.arange(logits.shape[1]) < expected["lengths"][:, None]
+    error = np.abs(np.asarray(logits) - expected["logits"])[real].max()
+    assert error <= 1e-4 * np.abs(expected["logits"][real]).max(), error
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_equal_transformers(name):
+    from models.sample import decode, decode_weights, prefill
+
+    model = models.load(FIXTURES / name)
+    expected = np.load(FIXTURES / name / "expected.npz")
+    lengths, greedy = expected["lengths"], expected["greedy"]
+    config = model.config.replace(eos_ids=())
+    weights = decode_weights(model.params, config)
+    session = prefill(weights, config, expected["tokens"], lengths, size=lengths.max() + greedy.shape[1])
+    limits = np.full(len(lengths), greedy.shape[1], np.int32)
+    out, _ = decode(weights, config, session, jax.random.key(0), limits, temperature=0.0)
+    np.testing.assert_array_equal(np.asarray(out.tokens)[:, : greedy.shape[1]], greedy)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_round_trip_is_bit_equal(name, tmp_path):
+    models.save(models.load(FIXTURES / name), tmp_path / "out", max_shard_bytes=100_000)
+    before, after = _tensors(FIXTURES / name), _tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert value.dtype == after[key].dtype, key
+        np.testing.assert_array_equal(value, after[key], err_msg=key)
+    assert _fields(FIXTURES / name) == _fields(tmp_path / "out")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        if (FIXTURES / name / file).exists():
+            assert (FIXTURES / name / file).read_bytes() == (tmp_path / "out" / file).read_bytes()
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == after.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in after.values())
+    for file in set(index["weight_map"].values()):
+        with safe_open(tmp_path / "out" / file, "numpy") as handle:
+            assert handle.metadata() == {"format": "pt"}
+            size = sum(handle.get_tensor(k).nbytes for k in handle.keys())  # noqa: SIM118 (no mapping)
+            assert size <= 100_000 or len(handle.keys()) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files_round_trip(dtype, tmp_path):
+    source = tmp_path / "source"
+    model = models.load(FIXTURES / "qwen3")
+    half = jax.tree.map(lambda w: w.astype(dtype), model.params)
+    # Norms kept in float32 beside half-precision matrices: every tensor keeps its own type.
+    half["final_norm"] = model.params["final_norm"]
+    models.save(model.replace(params=half), source)
+    assert _fields(source)["dtype"] == dtype
+    loaded = models.load(source)
+    assert loaded.params["embed"].dtype == dtype
+    assert loaded.params["final_norm"].dtype == jnp.float32
+    assert loaded.config.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
+    models.save(loaded, tmp_path / "again")
+    assert (source / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+def test_dtype_converts_weights_and_activations(tmp_path):
+    model = models.load(FIXTURES / "llama", dtype="bfloat16")
+    assert model.config.dtype == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
+    models.save(model, tmp_path / "half")
+    wide = models.load(tmp_path / "half", dtype="float32")
+    assert wide.config.dtype == "float32"
+    np.testing.assert_array_equal(wide.params["embed"], model.params["embed"].astype(jnp.float32))
+    with pytest.raises(ValueError, match="dtype must be"):
+        models.load(FIXTURES / "llama", dtype="int8")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_untied"])
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 3, "fsdp": 2}, {"fsdp": 8}])
+def test_load_onto_a_mesh(name, axes, tmp_path):
+    plain = models.load(FIXTURES / name)
+    devices = jax.devices()[: int(np.prod(list(axes.values())))]
+    mesh = models.make_mesh(**axes, devices=devices)
+    model = models.load(FIXTURES / name, mesh=mesh)
+    wanted = models.shardings(model.config, mesh)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), plain.params, model.params)
+    assert jax.tree.all(jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), model.params, wanted))
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(model.params))
+    models.save(model, tmp_path / "out")
+    before, after = _tensors(FIXTURES / name), _tensors(tmp_path / "out")
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+    # The pieces are the arrays' own: giving them up must not touch what another device holds.
+    kept = jax.tree.map(np.array, model.params)
+    jax.jit(lambda p: jax.tree.map(lambda w: w * 0, p), donate_argnums=0)(model.params)
+    again = models.load(FIXTURES / name, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, kept, jax.tree.map(np.asarray, again.params))
+
+
+def test_each_piece_is_read_once(monkeypatch):
+    from models import hf
+
+    read = []
+    original = hf._read_layer
+    monkeypatch.setattr(hf, "_read_layer", lambda p, t, r: read.append((p.hf, id(t), tuple(r))) or original(p, t, r))
+    mesh = models.make_mesh(data=4, tensor=2)
+    config = models.load(FIXTURES / "llama", mesh=mesh).config
+    assert len(read) == len(set(read))
+    norms = [entry for entry in read if "input_layernorm" in entry[0]]
+    assert len(norms) == config.layers  # eight devices hold it, it was read once
+
+
+def test_own_models_are_written_and_read(tmp_path, key):
+    for family, tied in (("llama", False), ("qwen2", True), ("qwen3", True)):
+        config = Config(
+            vocab_size=40, dim=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=24, family=family,
+            qkv_bias=family == "qwen2", qk_norm=family == "qwen3", tie_embeddings=tied, eos_ids=(3, 4), bos_id=2,
+            rope_theta=7e5, max_len=99, pad_id=1,
+        )  # fmt: skip
+        params = models.init(config, key)
+        models.save(Model(config, params), tmp_path / family)
+        back = models.load(tmp_path / family)
+        assert back.config == config
+        assert back.tokenizer is None
+        jax.tree.map(np.testing.assert_array_equal, params, back.params)
+
+
+def test_changed_config_changes_its_fields_only(tmp_path):
+    fields = _fields(FIXTURES / "qwen2") | {"made_by": "someone", "rope_scaling": None}
+    config = config_from_hf(fields)
+    assert config_to_hf(config, "float32", fields) == fields
+    smaller = config_to_hf(config.replace(vocab_size=200, layers=2, rope_theta=1e6), "bfloat16", fields)
+    different = {k for k in smaller if smaller[k] != fields.get(k)}
+    assert different == {"vocab_size", "num_hidden_layers", "rope_parameters", "layer_types", "dtype"}
+    assert config_from_hf(smaller) == config.replace(vocab_size=200, layers=2, rope_theta=1e6)
+
+
+def test_config_reads_old_and_new_fields():
+    fields = _fields(FIXTURES / "qwen3")
+    assert config_from_hf(fields).head_dim == 12
+    assert config_from_hf(fields | {"head_dim": None}).head_dim == 8
+    old = {k: v for k, v in fields.items() if k != "rope_parameters"}
+    assert config_from_hf(old | {"rope_theta": 5e5}).rope_theta == 5e5
+    assert config_from_hf(fields | {"rope_parameters": {"rope_theta": 3.0, "rope_type": "default"}}).rope_theta == 3.0
+    assert config_from_hf(fields | {"eos_token_id": [5, 6]}).eos_ids == (5, 6)
+    assert config_from_hf(fields, generation={"eos_token_id": [7, 1]}).eos_ids == (7, 1)
+    assert config_from_hf(fields | {"pad_token_id": None}).pad_id == 1
+    llama = _fields(FIXTURES / "llama")
+    assert config_from_hf({k: v for k, v in llama.items() if k != "num_key_value_heads"}).kv_heads == 6
+    window = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 3}
+    assert config_from_hf(fields | window).sliding_window == 8
+    assert config_from_hf(fields | {"sliding_window": 8}).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "gemma3"}, "gemma3"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None}, "layer_types"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"hidden_size": "48"}, "hidden_size"),
+    ],
+)
+def test_what_is_not_implemented_is_named(change, named, tmp_path):
+    with pytest.raises(ValueError, match=named) as caught:
+        models.load(_copy("qwen3", tmp_path / "m", **change))
+    assert str(tmp_path) in str(caught.value)
+
+
+def _edit(folder: Path, edit) -> Path:
+    tensors = _tensors(folder)
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_wrong_tensors_are_named(tmp_path):
+    key = "model.layers.1.self_attn.k_proj.weight"
+    with pytest.raises(ValueError, match=rf"missing: {key}"):
+        models.load(_edit(_copy("qwen3", tmp_path / "a"), lambda t: t.pop(key)))
+    with pytest.raises(ValueError, match=r"strange\.weight \(in model\.safetensors\)"):
+        models.load(_edit(_copy("qwen3", tmp_path / "b"), lambda t: t.update({"strange.weight": np.ones(3)})))
+    with pytest.raises(ValueError, match=r"k_proj\.weight has shape \(24, 47\).*\(24, 48\)"):
+        models.load(_edit(_copy("qwen3", tmp_path / "c"), lambda t: t.update({key: t[key][:, :47].copy()})))
+    with pytest.raises(ValueError, match="type I32"):
+        models.load(_edit(_copy("qwen3", tmp_path / "d"), lambda t: t.update({key: t[key].astype(np.int32)})))
+    with pytest.raises(ValueError, match=r"missing: lm_head\.weight"):
+        models.load(_copy("qwen3", tmp_path / "e", tie_word_embeddings=False))
+    # Some tied files carry the second name, older ones the rotary table: both are ours to compute.
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    models.load(_edit(_copy("qwen3", tmp_path / "f"), lambda t: t.update(extra | {"lm_head.weight": np.ones(2)})))
+
+
+def test_wrong_files_are_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        models.load("/nowhere/at/all")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):
+        models.load(tmp_path / "empty")
+    folder = _copy("qwen2", tmp_path / "a")
+    (folder / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00004"):
+        models.load(folder)
+    folder = _copy("qwen3", tmp_path / "b")
+    (folder / "model.safetensors").write_bytes(b"nonsense" * 10)
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged"):
+        models.load(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="convert it to safetensors"):
+        models.load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        models.load(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"could not be downloaded.*local folder"):
+        models.load("nobody/no-such-model")
+
+
+def test_save_is_atomic_and_careful(tmp_path, monkeypatch):
+    model = models.load(FIXTURES / "qwen3")
+    target = tmp_path / "model"
+    models.save(model, target)
+    models.save(model.replace(params=jax.tree.map(lambda w: w * 2, model.params)), target)  # replaced as a whole
+    np.testing.assert_array_equal(models.load(target).params["embed"], model.params["embed"] * 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+    def broken(*args, **kwargs):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.numpy.save_file", broken)
+        with pytest.raises(OSError, match="disk full"):
+            models.save(model, target)
+    np.testing.assert_array_equal(models.load(target).params["embed"], model.params["embed"] * 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"notes\.txt"):
+        models.save(model, target)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text('{"rl": {}}')
+    with pytest.raises(FileExistsError, match="not a model"):
+        models.save(model, run)
+    assert (run / "config.json").read_text() == '{"rl": {}}'
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="is a file"):
+        models.save(model, tmp_path / "file")
+    models.save(model, tmp_path / "new" / "deep")
+    assert (tmp_path / "new" / "deep").stat().st_mode & 0o777 == (tmp_path / "new").stat().st_mode & 0o777
+
+
+def test_save_checks_the_parameters(tmp_path):
+    model = models.load(FIXTURES / "qwen3")
+    with pytest.raises(ValueError, match="embed_tokens"):
+        models.save(model.replace(params=model.params | {"embed": jnp.ones((3, 48))}), tmp_path / "a")
+    with pytest.raises(ValueError, match="parameters are not those"):
+        models.save(model.replace(params={"embed": model.params["embed"]}), tmp_path / "a")
+    with pytest.raises(ValueError, match="choose the family"):
+        models.save(model.replace(config=model.config.replace(family="llama")), tmp_path / "a")
+    with pytest.raises(ValueError, match="int32"):
+        models.save(model.replace(params=jax.tree.map(lambda w: w.astype(jnp.int32), model.params)), tmp_path / "a")
+    assert not (tmp_path / "a").exists()

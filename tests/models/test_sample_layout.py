@@ -1,0 +1,87 @@
+"""The sampler's own layout of the weights, and truncation without sorting, against their plain forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+from models import Config
+from models.sample import _bisect_floor, _truncate, decode, decode_weights, prefill
+
+BASE = Config(vocab_size=60, dim=16, layers=2, heads=4, kv_heads=2, head_dim=6, ffn_dim=24, init_std=0.4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BASE.replace(qk_norm=True),
+        BASE.replace(family="qwen2", qkv_bias=True),
+        BASE.replace(family="llama", tie_embeddings=False),
+    ],
+    ids=["qwen3", "qwen2", "llama"],
+)
+def test_fused_and_plain_weights_decode_the_same(config, key):
+    params = models.init(config, key)
+    if config.qkv_bias:
+        for name in ("bq", "bk", "bv"):
+            params["layers"][name] = jax.random.normal(key, params["layers"][name].shape)
+    tokens = np.random.default_rng(0).integers(0, 60, (3, 9), dtype=np.int32)
+    lengths = np.array([9, 4, 1], np.int32)
+    logits, drawn = [], []
+    for fuse in (True, False):
+        weights = decode_weights(params, config, fuse)
+        session = prefill(weights, config, tokens, lengths, size=20)
+        logits.append(np.asarray(session.logits))
+        out, _ = decode(weights, config, session, key, np.full(3, 8, np.int32), temperature=0.0)
+        drawn.append(np.asarray(out.tokens))
+    np.testing.assert_allclose(*logits, atol=1e-5)
+    np.testing.assert_array_equal(*drawn)
+    whole = models.forward(params, config, jnp.asarray(tokens)).logits
+    last = np.take_along_axis(np.asarray(whole), lengths[:, None, None] - 1, axis=1)[:, 0]
+    np.testing.assert_allclose(logits[0], last, atol=1e-5)
+
+
+def _by_sorting(row: np.ndarray, top_p: float, top_k: int) -> set[int]:
+    """Kept ids of one row of logits without ties, by definition."""
+    order = np.argsort(-row.astype(np.float64), kind="stable")
+    probs = np.exp(row.astype(np.float64)[order] - row.max())
+    probs /= probs.sum()
+    before = np.cumsum(probs) - probs
+    keep = (before < top_p) | (top_p >= 1)
+    if top_k:
+        keep &= np.arange(len(row)) < top_k
+    keep[0] = True
+    return set(order[keep].tolist())
+
+
+@pytest.mark.parametrize("vocab", [40, 256, 257, 3000])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+def test_truncation_keeps_what_sorting_keeps(vocab, spread, rng):
+    logits = (spread * rng.standard_normal((4, vocab))).astype(np.float32)
+    truncate, bisect = jax.jit(_truncate), jax.jit(_bisect_floor)
+    for top_p, top_k in (
+        (0.9, 0),
+        (1.0, 20),
+        (0.5, 7),
+        (0.0, 0),
+        (0.95, 300),
+        (1e-3, 0),
+        (1.0, 1),
+        (1.0, 0),
+        (0.99, 256),
+    ):
+        kept = np.isfinite(truncate(logits, jnp.float32(top_p), jnp.int32(top_k)))
+        floor = bisect(logits, jnp.float32(top_p if top_p < 1 else np.inf), jnp.int32(top_k or vocab))
+        for row, mask, low in zip(logits, kept, np.asarray(floor)):
+            wanted = _by_sorting(row, top_p, top_k)
+            assert set(np.flatnonzero(mask).tolist()) == wanted, (top_p, top_k)
+            assert set(np.flatnonzero(row >= low).tolist()) == wanted, (top_p, top_k)
+
+
+def test_truncation_keeps_ties_and_ignores_impossible_tokens():
+    logits = jnp.array([[2.0, 2.0, 1.0, -jnp.inf], [-jnp.inf, 0.0, -jnp.inf, -jnp.inf]])
+    kept = np.isfinite(_truncate(logits, jnp.float32(1.0), jnp.int32(1)))
+    np.testing.assert_array_equal(kept, [[True, True, False, False], [False, True, False, False]])
+    kept = np.isfinite(_truncate(logits, jnp.float32(1.0), jnp.int32(0)))
+    np.testing.assert_array_equal(kept, np.isfinite(logits))

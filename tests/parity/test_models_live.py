@@ -1,0 +1,147 @@
+"""Live comparison with transformers and torch: logits, greedy tokens, gradients, our export read back by them."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import models
+from models import Config
+from models.hf import Model
+
+pytestmark = pytest.mark.parity
+
+TESTS = Path(__file__).resolve().parents[1]
+_spec = importlib.util.spec_from_file_location("make_models", TESTS / "fixtures" / "make_models.py")
+make = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(make)
+
+
+def _close(ours, theirs, lengths, tolerance):
+    real = np.arange(theirs.shape[1]) < np.asarray(lengths)[:, None]
+    ours, theirs = np.asarray(ours)[real], theirs[real]
+    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    assert error <= tolerance, error
+
+
+@pytest.mark.parametrize("name", make.MODELS)
+def test_stored_fixtures_are_what_transformers_computes_now(name):
+    kind, fields, _, _ = make.MODELS[name]
+    expected = np.load(TESTS / "fixtures" / "models" / name / "expected.npz")
+    reference = make.make_model(kind, fields)
+    theirs = make.hf_logits(reference, expected["tokens"])
+    _close(expected["logits"], theirs, expected["lengths"], 1e-5)
+    greedy = make.hf_greedy(reference, expected["tokens"], expected["lengths"])
+    np.testing.assert_array_equal(expected["greedy"], greedy)
+
+
+@pytest.mark.parametrize("name", make.MODELS)
+def test_fresh_weights_logits_and_greedy_tokens(name, tmp_path):
+    kind, fields, _, _ = make.MODELS[name]
+    reference = make.make_model(kind, fields, seed=7)
+    reference.save_pretrained(tmp_path)
+    model = models.load(tmp_path)
+    tokens, lengths = make.make_batch(model.config.vocab_size, lengths=(3, 40, 22), seed=5)
+    logits = models.forward(model.params, model.config, jnp.asarray(tokens)).logits
+    _close(logits, make.hf_logits(reference, tokens), lengths, 1e-4)
+    prompts = [row[:n].tolist() for row, n in zip(tokens, lengths)]
+    config = model.config.replace(eos_ids=())
+    out = models.generate_tokens(model.params, config, prompts, make.NEW)
+    greedy = make.hf_greedy(reference, tokens, lengths)
+    np.testing.assert_array_equal(np.asarray(out.tokens)[:, : make.NEW], greedy)
+
+
+# transformers' Llama has no sliding window, and ours refuses to write one.
+@pytest.mark.parametrize(
+    ("name", "window"), [(n, None) for n in make.MODELS] + [(n, 6) for n in make.MODELS if n != "llama"]
+)
+def test_our_export_is_read_by_transformers(name, window, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = models.load(TESTS / "fixtures" / "models" / name)
+    config = model.config.replace(sliding_window=window)
+    models.save(model.replace(config=config), tmp_path / "out", max_shard_bytes=120_000)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
+    assert models.load(tmp_path / "out").config == config
+    tokens, lengths = make.make_batch(config.vocab_size)
+    ours = models.forward(model.params, config, jnp.asarray(tokens)).logits
+    _close(ours, make.hf_logits(reference, tokens), lengths, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_our_random_init_is_read_by_transformers(family, dtype, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = Config(
+        vocab_size=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8 if family == "llama" else 12, ffn_dim=48,
+        family=family, qkv_bias=family == "qwen2", qk_norm=family == "qwen3", tie_embeddings=family != "llama",
+        rope_theta=2e5, init_std=0.3, eos_ids=(5,),
+    )  # fmt: skip
+    params = models.init(config, jax.random.key(3), dtype=dtype)
+    models.save(Model(config, params), tmp_path / "m")
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager")
+    assert reference.dtype == getattr(torch, dtype)
+    assert sum(p.numel() for p in reference.parameters()) == config.num_params()
+    tokens, lengths = make.make_batch(config.vocab_size, seed=2)
+    # Same weights, computed in float32 on both sides.
+    theirs = make.hf_logits(reference.float(), tokens)
+    _close(models.forward(params, config, jnp.asarray(tokens)).logits, theirs, lengths, 1e-5)
+
+
+def test_bfloat16_is_as_close_to_float32_as_theirs(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = TESTS / "fixtures" / "models" / "qwen3"
+    tokens, _ = make.make_batch(300)
+    exact = np.load(folder / "expected.npz")["logits"]
+    theirs = make.hf_logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), tokens)
+    model = models.load(folder, dtype="bfloat16")
+    ours = np.asarray(models.forward(model.params, model.config, jnp.asarray(tokens)).logits)
+    assert np.sqrt(np.mean((ours - exact) ** 2)) <= 1.5 * np.sqrt(np.mean((theirs - exact) ** 2))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_untied"])
+def test_gradients_equal_torch_autograd(name):
+    import torch
+
+    kind, fields, _, _ = make.MODELS[name]
+    reference = make.make_model(kind, fields)
+    model = models.load(TESTS / "fixtures" / "models" / name)
+    tokens, _ = make.make_batch(300, lengths=(9, 9, 9))
+
+    def loss(params):
+        logits = models.forward(params, model.config, jnp.asarray(tokens)).logits
+        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(model.params)
+    ids = torch.tensor(tokens, dtype=torch.long)
+    theirs = torch.nn.functional.cross_entropy(reference(ids).logits[:, :-1].reshape(-1, 300), ids[:, 1:].reshape(-1))
+    theirs.backward()
+    np.testing.assert_allclose(value, theirs.item(), rtol=1e-5)
+    # Written as a checkpoint, so that names, transposes and layers are compared too.
+    from models.hf import _plan
+
+    named = {n: p.grad.numpy() for n, p in reference.named_parameters()}
+    plan = {n: fetch() for n, fetch, _ in _plan(model.replace(params=gradient))}
+    assert plan.keys() == named.keys()
+    for key, ours in plan.items():
+        scale = np.abs(named[key]).max()
+        np.testing.assert_allclose(ours, named[key], atol=1e-4 * scale, rtol=0, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_untied"])
+def test_exported_tokenizer_is_read_by_transformers(name, tmp_path):
+    from transformers import AutoTokenizer
+
+    model = models.load(TESTS / "fixtures" / "models" / name)
+    models.save(model, tmp_path / "m")
+    reference = AutoTokenizer.from_pretrained(tmp_path / "m")
+    for text in ("Brass Lantern costs 12.", " größere\n\nCafé <think>", "<|im_end|>"):
+        assert reference.encode(text, add_special_tokens=False) == model.tokenizer.encode(text)

@@ -1,0 +1,88 @@
+"""AdamW against optax, schedules at their corners, learning rate 0, exact accumulation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rl import optimizer
+from rl.optimizer import OptimizerConfig
+
+PARAMS = {"w": jnp.arange(6.0).reshape(2, 3) - 2.5, "attn_norm": jnp.ones(3), "bq": jnp.array([-0.0, 0.0, 1.0])}
+GRADS = {"w": jnp.full((2, 3), 3.0), "attn_norm": -jnp.ones(3), "bq": jnp.array([0.5, -0.5, 0.0])}
+
+
+def test_steps_equal_optax():
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip=1.0)
+    referee = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(1e-2, b1=0.9, b2=0.95, weight_decay=0.1, mask={"w": True, "attn_norm": False, "bq": False}),
+    )
+    state, params = optimizer.init_state(PARAMS, config), PARAMS
+    opt_state = referee.init(params)
+    for _ in range(3):
+        state, metrics = optimizer.apply_gradients(state, GRADS, config)
+        updates, opt_state = referee.update(GRADS, opt_state, params)
+        params = optax.apply_updates(params, updates)
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
+    assert float(metrics["grad_norm"][0]) == pytest.approx(np.sqrt(6 * 9 + 3 + 0.5), rel=1e-6)
+
+
+def test_learning_rate_zero_leaves_every_bit():
+    config = OptimizerConfig(lr=0.0, weight_decay=0.1)
+    state = optimizer.init_state(PARAMS, config)
+    for _ in range(3):
+        state, _ = optimizer.apply_gradients(state, GRADS, config)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), jax.device_get(state.params), PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("options", "points"),
+    [
+        ({}, {0: 1.0, 1000: 1.0}),
+        ({"warmup_steps": 10}, {0: 0.0, 5: 0.5, 10: 1.0, 500: 1.0}),
+        ({"schedule": "cosine", "horizon_steps": 100}, {0: 1.0, 50: 0.55, 100: 0.1, 1000: 0.1}),
+        ({"schedule": "cosine", "warmup_steps": 10, "horizon_steps": 110}, {10: 1.0, 60: 0.55, 110: 0.1}),
+        ({"schedule": "linear", "horizon_steps": 100, "final_scale": 0.0}, {0: 1.0, 25: 0.75, 100: 0.0}),
+    ],
+)
+def test_schedules(options, points):
+    schedule = optimizer.learning_rate(OptimizerConfig(lr=1.0, **options))
+    for step, value in points.items():
+        assert float(schedule(step)) == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("schedule", "step"),
+        ("lr", -1.0),
+        ("lr", float("nan")),
+        ("schedule", "cosine"),
+        ("clip", 0.0),
+        ("warmup_steps", -1),
+    ],
+)
+def test_bad_settings(name, value):
+    with pytest.raises(ValueError, match=name):
+        OptimizerConfig(**{name: value})
+
+
+def test_accumulation_is_exact_and_checks_the_split():
+    weights, x = jnp.array([1.0, -2.0]), jnp.arange(12.0).reshape(6, 2)
+    mask = jnp.array([1.0, 0, 0, 1, 1, 1])
+
+    def loss(w, batch):
+        x, mask = batch
+        return (mask * (x @ w) ** 2).sum() / 4, {"n": (mask.sum(), jnp.ones(()))}
+
+    value, grads, metrics = optimizer.accumulate_gradients(loss, weights, (x, mask), 1)
+    for parts in (2, 3, 6):
+        other = optimizer.accumulate_gradients(loss, weights, (x, mask), parts)
+        np.testing.assert_allclose(other[0], value, rtol=1e-6)
+        np.testing.assert_allclose(other[1], grads, rtol=1e-6)
+        assert float(other[2]["n"][0]) == float(metrics["n"][0]) == 4
+        assert float(other[2]["n"][1]) == parts
+    with pytest.raises(ValueError, match="micro_batches=4"):
+        optimizer.accumulate_gradients(loss, weights, (x, mask), 4)

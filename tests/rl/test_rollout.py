@@ -1,0 +1,216 @@
+"""Rollouts: token in, token out; masks from provenance; statuses; the recommendation environment's protocol."""
+
+import functools
+import operator
+
+import jax
+import numpy as np
+import pytest
+
+import models
+from models import Config
+from rl.envs.base import Action, Step
+from rl.envs.recommend import (
+    ANSWER_CLOSE,
+    QUERY_CLOSE,
+    QUERY_OPEN,
+    Catalogue,
+    Example,
+    PromptStyle,
+    RecommendEnv,
+    parse_query,
+)
+from rl.rollout import RolloutConfig, rollout
+from rl.trajectory import Status
+
+CONFIG = Config(vocab_size=24, dim=16, layers=1, heads=2, kv_heads=1, head_dim=8, ffn_dim=24, init_std=0.5)
+
+
+class Doubled:
+    """Ids 2i and 2i+1 spell the same letter, so decoding and encoding again would change most ids."""
+
+    vocab_size, eos_ids = 24, ()
+
+    def encode(self, text):
+        return [2 * (ord(c) - 97) for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(97 + i // 2) for i in ids)
+
+    def token_bytes(self):
+        return tuple(bytes([97 + i // 2]) for i in range(24))
+
+
+class Echo:
+    """Answers with two letters until ``turns`` are done."""
+
+    stop = ("c",)
+
+    def __init__(self, turns, reply="ab", status=Status.FINISHED):
+        self.turns, self.reply, self.status, self.seen = turns, reply, status, []
+
+    def reset(self, examples, copies):
+        return [0] * (len(examples) * copies), ["abc" * (1 + i) for i in range(len(examples))]
+
+    def step(self, states, actions):
+        self.seen.append([a.text for a in actions])
+        states = [s + 1 for s in states]
+        observations = [None if s >= self.turns else self.reply for s in states]
+        return Step(states, observations, np.full(len(states), self.status))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return models.init(CONFIG, jax.random.key(0))
+
+
+def play(params, env, **options):
+    options = RolloutConfig(**{"max_prompt": 8, "max_total": 40, "max_new": 6, "max_turns": 4, **options})
+    return rollout(params, CONFIG, Doubled(), env, ["x", "y"], jax.random.key(1), options, group_size=3)
+
+
+def test_the_trainer_gets_exactly_the_sampled_ids(params):
+    env = Echo(turns=3)
+    trajectory, _ = play(params, env)
+    assert (trajectory.ids[trajectory.sampled] % 2 == 1).any()  # ids that encoding again would never give
+    for row in range(6):
+        given = [Doubled().encode("abc" * (1 + row // 3)), *[Doubled().encode("ab")] * 2]
+        length = trajectory.lengths[row]
+        ids, sampled = trajectory.ids[row][:length], trajectory.sampled[row][:length]
+        assert ids[~sampled].tolist() == functools.reduce(operator.iadd, given, [])
+        for turn in (1, 2, 3):
+            at = sampled & (trajectory.turns[row][: len(ids)] == turn)
+            assert Doubled().decode(ids[at]) == env.seen[turn - 1][row]
+    logp = jax.nn.log_softmax(models.forward(params, CONFIG, trajectory.ids).logits)
+    rows, columns = np.nonzero(trajectory.sampled)
+    expected = np.asarray(logp)[rows, columns - 1, trajectory.ids[rows, columns]]
+    np.testing.assert_allclose(trajectory.logprobs[trajectory.sampled], expected, atol=1e-4)
+    assert not trajectory.logprobs[~trajectory.sampled].any()
+    assert trajectory.groups.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_segments_end_on_the_stop_string_or_the_limit(params):
+    env = Echo(turns=2)
+    trajectory, _ = play(params, env)
+    for text in env.seen[0]:
+        assert text.endswith("c") or len(text) == 6
+        assert "c" not in text[:-1]
+    assert (trajectory.status == Status.FINISHED).all()
+
+
+def test_same_key_same_rollout(params):
+    (one, _), (two, _) = play(params, Echo(2)), play(params, Echo(2))
+    np.testing.assert_array_equal(one.ids, two.ids)
+
+
+@pytest.mark.parametrize(
+    ("env", "options", "status"),
+    [
+        (Echo(turns=99), {}, Status.TURN_LIMIT),
+        (Echo(turns=99, reply="ab" * 18), {}, Status.TRUNCATED),
+        (Echo(turns=1, status=Status.ENV_ERROR), {}, Status.ENV_ERROR),
+    ],
+)
+def test_statuses(params, env, options, status):
+    trajectory, _ = play(params, env, **options)
+    assert (trajectory.status == status).all()
+    assert (trajectory.lengths <= 40).all()
+
+
+def test_a_prompt_that_is_too_long_is_refused(params):
+    with pytest.raises(ValueError, match="example 1 has 6 tokens"):
+        play(params, Echo(1), max_prompt=5)
+
+
+# --- the recommendation environment -----------------------------------------------------------------------------------
+
+CATALOGUE = Catalogue(("", *(f"T{i}" for i in range(1, 31))), ("", *["c"] * 30))
+
+
+def env(**options) -> RecommendEnv:
+    calls = []
+
+    def retrieve(examples, texts, k, seen):
+        calls.append((list(texts), [s.tolist() for s in seen]))
+        return np.tile(np.arange(1, k + 1), (len(examples), 1))
+
+    made = RecommendEnv(
+        CATALOGUE, retrieve, **{"results": 3, "answers": 2, "style": PromptStyle(instructions=False), **options}
+    )
+    made.calls_made = calls
+    return made
+
+
+def ask(text: str) -> Action:
+    return Action(f"hm {QUERY_OPEN}{text}{QUERY_CLOSE}", QUERY_CLOSE)
+
+
+def test_the_tool_is_called_once_for_the_whole_batch():
+    e = env()
+    states, prompts = e.reset([Example(0, (1, 2), 3), Example(1, (4,), 5)], 2)
+    assert len(states) == 4
+    assert len(prompts) == 2
+    assert prompts[0].endswith("<think>")
+    step = e.step(states, [ask("a"), Action("bye", "eos"), ask("b"), ask("  ")])
+    assert e.calls_made == [(["a", "b"], [[], []])]
+    assert [o is None for o in step.observations] == [False, True, False, True]
+    assert step.status.tolist() == [Status.FINISHED, Status.FINISHED, Status.FINISHED, Status.INVALID]
+    body = "1. T1 - c\n2. T2 - c\n3. T3 - c"
+    assert step.observations[0] == f"\n\n<|begin_of_item_list|>\n{body}\n<|end_of_item_list|>\n\n"
+
+
+def test_a_policy_that_always_queries_makes_exactly_max_calls():
+    e = env(max_calls=8)
+    states, _ = e.reset([Example(0, (1,), 2)], 1)
+    for turn in range(9):
+        step = e.step(states, [ask(f"q{turn}")])
+        assert (step.observations[0] is None) == (turn == 8)
+    assert states[0].calls == 8
+    assert step.status[0] == Status.TURN_LIMIT
+
+
+def test_an_empty_tool_result_is_the_tools_fault():
+    e = env()
+    e.retrieve = lambda *_: [np.zeros(0, int)]
+    states, _ = e.reset([Example(0, (1,), 2)], 1)
+    assert e.step(states, [ask("a")]).status[0] == Status.ENV_ERROR
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        (f"x {QUERY_OPEN} a \n b {QUERY_CLOSE}", "a b"),
+        (f'{QUERY_OPEN}""{QUERY_CLOSE}', ""),
+        ("no tag", None),
+        (f"{QUERY_OPEN}old{QUERY_CLOSE}{QUERY_OPEN}new{QUERY_CLOSE}", "new"),
+    ],
+)
+def test_parse_query(text, query):
+    assert parse_query(text) == query
+
+
+def test_evaluation_also_stops_on_the_answer():
+    assert env(stop_on_answer=True).stop == (QUERY_CLOSE, ANSWER_CLOSE)
+
+
+@pytest.mark.parametrize("history", [(1,), tuple(range(1, 21)), tuple(range(1, 22))])
+def test_history_is_cut_to_the_newest(history):
+    prompt = env().prompt(Example(0, history, 25))
+    shown = history[-20:]
+    assert f"1. T{shown[0]} - c\n" in prompt
+    assert f"{len(shown)}. T{shown[-1]} - c\n" in prompt
+    assert f"{len(shown) + 1}." not in prompt
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="at least one known item"):
+        env().reset([Example(7, (), 1)], 1)
+    with pytest.raises(KeyError, match="example 7: item 99"):
+        env().reset([Example(7, (99,), 1)], 1)
+    with pytest.raises(ValueError, match="two items"):
+        Catalogue(("", "Same", " same "), ("",) * 3)
+    with pytest.raises(ValueError, match="no title"):
+        Catalogue(("", " "), ("", ""))
+    for options in ({"results": 31}, {"answers": 0}, {"max_calls": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            env(**options)
