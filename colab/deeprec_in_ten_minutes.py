@@ -71,7 +71,7 @@ deeprec.run(config, workdir, ["trm", "cold_start", "cold_rl", "rec_rl"])
 from rich.console import Console
 
 result = deeprec.run(config, workdir, ["evaluate"])
-Console().print(report.result_table(result))
+Console().print(*report.result_tables(result))
 for comparison in result["comparisons"]:
     print(report.comparison_line(comparison))
 

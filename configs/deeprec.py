@@ -90,7 +90,7 @@ def _base() -> ConfigDict:
     c.env.max_calls = 2  # paper: 8
     c.env.history = 4  # items of history in the prompt (paper: 20)
     c.env.exclude_history = True  # items already chosen are no candidates, for every method alike (released: False)
-    c.env.exclude_seen = False  # True: later calls return new items only
+    c.env.exclude_seen = True  # later calls return new items only (released: False)
     c.env.instructions = False  # full task description; a model trained from scratch does not need it
     c.env.history_categories = True
     c.env.result_categories = False
@@ -103,15 +103,16 @@ def _base() -> ConfigDict:
 
     c.cold_start = ConfigDict()  # supervised start; steps = 0 leaves it out, as the paper does
     c.cold_start.traces = 8000
-    c.cold_start.calls = (0.3, 0.7)  # probability of 1, 2, ... calls
-    c.cold_start.hindsight = 0.8  # share of queries with words of the item that followed
+    c.cold_start.calls = (0.1, 0.9)  # probability of 1, 2, ... calls
+    c.cold_start.hindsight = 0.4  # share of queries with words of the item that followed
     c.cold_start.words = (0.2, 0.4, 0.4)  # probability of 1, 2, ... words in a query
     c.cold_start.recent = 3
-    c.cold_start.merges = ("newest",)  # how a trace makes its list: newest, halves, interleave, fused
+    c.cold_start.merges = ("halves",)  # how a trace makes its list: newest, halves, interleave, fused
     c.cold_start.steps = 200
     c.cold_start.batch_size = 64
-    c.cold_start.lr = 6e-3
+    c.cold_start.lr = 1e-2
     c.cold_start.b2 = 0.95  # decay of the second moment; 0.99 learns to copy titles later
+    c.cold_start.muon_lr = 0.03  # Muon's step on the blocks' matrices; 0 is AdamW everywhere (for pretrained models)
 
     c.rl = ConfigDict()  # shared by both stages; see rl.GRPOConfig
     c.rl.group_size = 8
@@ -123,7 +124,7 @@ def _base() -> ConfigDict:
     c.rl.clip_low = 0.2
     c.rl.clip_high = 0.28
     c.rl.kl_coef = 0.0
-    c.rl.lr = 2e-4  # 7e-4 destroyed the copying that the supervised start had learned, within 30 steps
+    c.rl.lr = 6e-4
     c.rl.difficulty = 100  # keep prompts whose target the recommender ranks within this; 0 keeps all
     c.rl.save_every = 10
     c.rl.logprob_chunk = 256
@@ -131,8 +132,8 @@ def _base() -> ConfigDict:
     c.reward = ConfigDict(
         {"point": 0.0, "rank": 1.0, "gate_process": False, "match": "exact"}
     )  # weights, then rules; paper: point 1
-    c.cold_rl = ConfigDict({"steps": 4, "lr_scale": 1.0})
-    c.rec_rl = ConfigDict({"steps": 40, "lr_scale": 1.0})
+    c.cold_rl = ConfigDict({"steps": 12, "lr_scale": 1.0})
+    c.rec_rl = ConfigDict({"steps": 60, "lr_scale": 1.0})
 
     c.evaluate = ConfigDict()
     c.evaluate.batch_size = 256

@@ -241,7 +241,7 @@ def _show_results(folder: Path) -> None:
     run = report.read_run(folder)
     if run.result is not None:
         console = Console()
-        console.print(report.result_table(run.result))
+        console.print(*report.result_tables(run.result, console.width))
         for comparison in run.result.get("comparisons", ()):
             console.print(report.comparison_line(comparison), highlight=False, markup=False)
     for note in run.notes:

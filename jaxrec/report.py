@@ -215,31 +215,66 @@ def protocol_line(result: Mapping[str, Any]) -> str:
     return " · ".join(words)
 
 
-def result_table(result: Mapping[str, Any]) -> Table:
-    """The result as a terminal table, the best of each column in bold, the protocol below it."""
+def result_tables(result: Mapping[str, Any], width: int = 80) -> list[Table]:
+    """The result as terminal tables no wider than ``width``, the best of each column in bold, the protocol at the end.
+
+    What does not fit into one table goes on in the next.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    rows = result["rows"]
+    labels = [str(row.get("name", i)) for i, row in enumerate(rows)]
+    label_width = min(max(map(len, labels), default=0), 24)
+    groups: list[list[str]] = []
+    room = 0
+    for name in by_reach(result):
+        cells = [format_value(name, row.get(name)) for row in rows]
+        needed = 1 + max(map(len, [*cells, *_heading(name).split("\n")]))
+        if needed > room:
+            groups.append([])
+            room = width - label_width
+        groups[-1].append(name)
+        room -= needed
     title = f"{result.get('system', '')} · {result.get('variant', '')}".strip(" ·")
-    table = Table(
-        title=Text(title),
-        caption=Text(protocol_line(result)),
-        box=box.SIMPLE_HEAD,  # no lines between columns: ten of them have to fit a terminal of 80
-        padding=0,
-        pad_edge=False,
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("", min_width=16)
-    names = columns(result)
-    best = {name: best_rows(result, name) for name in names}
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right", no_wrap="@" in name)
-    for i, row in enumerate(result["rows"]):
-        cells = [Text(format_value(n, row.get(n)), style="bold green" if i in best[n] else "") for n in names]
-        table.add_row(Text(str(row.get("name", i))), *cells)
-    return table
+    tables = []
+    for number, group in enumerate(groups or [[]]):
+        table = Table(
+            title=Text(title) if number == 0 else None,
+            caption=Text(protocol_line(result)) if number == len(groups) - 1 else None,
+            box=box.SIMPLE_HEAD,
+            padding=0,
+            pad_edge=False,
+            title_justify="left",
+            caption_justify="left",
+        )
+        table.add_column("", width=label_width)
+        for name in group:
+            table.add_column(_heading(name), justify="right", no_wrap=True)
+        best = {name: best_rows(result, name) for name in group}
+        for i, row in enumerate(rows):
+            cells = [Text(format_value(n, row.get(n)), style="bold green" if i in best[n] else "") for n in group]
+            table.add_row(Text(labels[i]), *cells)
+        tables.append(table)
+    return tables
+
+
+def _heading(column: str) -> str:
+    """ "recall@10_intent" -> two lines, "recall@10" over "intent"."""
+    return column.replace("_", "\n", 1).replace("_", " ")
+
+
+def by_reach(result: Mapping[str, Any]) -> list[str]:
+    """Columns: ranking metrics of whole lists first, in rising cut-off, then the rest as the rows bring them."""
+
+    def order(name: str) -> tuple[int, float]:
+        metric, _, cut = name.partition("@")
+        plain = metric in ("recall", "ndcg", "hit") and cut.isdigit()
+        places = {"valid_format": 3, "turns": 4, "seconds": 5}
+        return (("recall", "ndcg", "hit").index(metric), int(cut)) if plain else (places.get(name, 6), 0)
+
+    return sorted(columns(result), key=order)
 
 
 def comparison_line(comparison: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxrec.config import flatten
-from jaxrec.report import Run, best_rows, columns, format_value, is_number, protocol_line, total_reward
+from jaxrec.report import Run, best_rows, by_reach, format_value, is_number, protocol_line, total_reward
 from jaxrec.report_plots import Plot
 from jaxrec.systems import SYSTEMS
 
@@ -123,7 +123,7 @@ def _badges(result: Mapping[str, Any]) -> str:
 
 
 def _table(result: Mapping[str, Any]) -> str:
-    names = columns(result)
+    names = by_reach(result)
     best = {name: best_rows(result, name) for name in names}
     head = "".join(f"<th>{_text(name.replace('_', ' '))}</th>" for name in ["", *names])
     rows = []

@@ -1,4 +1,4 @@
-"""AdamW with gradient clipping and a schedule, the training state, and exact gradient accumulation."""
+"""AdamW or Muon with gradient clipping and a schedule, the training state, and exact gradient accumulation."""
 
 import dataclasses
 import math
@@ -12,6 +12,11 @@ from flax import struct
 
 SCHEDULES = ("constant", "cosine", "linear")
 _NO_DECAY = ("norm", "bias", "scale")
+# Decoder weights that Muon steps: axes of the input and of the output; axis 0 stacks the layers.
+_MATRICES = {
+    "wq": ((1,), (2, 3)), "wk": ((1,), (2, 3)), "wv": ((1,), (2, 3)), "wo": ((1, 2), (3,)),
+    "w_gate": ((1,), (2,)), "w_up": ((1,), (2,)), "w_down": ((1,), (2,)),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +33,16 @@ class OptimizerConfig:
     eps: float = 1e-8  # Adam's denominator guard; optax's default
     weight_decay: float = 0.0  # per update, times lr; never on norms and biases
     clip: float | None = 1.0  # largest global gradient norm; None switches clipping off
+    # Above 0: the blocks' matrices take Muon's orthogonal steps (arXiv 2502.16982) of this size, on the same schedule,
+    # and only the rest AdamW's. A model from scratch learns to copy several times sooner with it (0.03 works).
+    muon_lr: float = 0.0
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {self.schedule!r}")
-        if self.lr < 0 or not math.isfinite(self.lr):
-            raise ValueError(f"lr must be finite and at least 0, not {self.lr}")
+        for name in ("lr", "muon_lr"):
+            if getattr(self, name) < 0 or not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite and at least 0, not {getattr(self, name)}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, not {self.warmup_steps}")
         if self.schedule != "constant" and self.horizon_steps <= self.warmup_steps:
@@ -45,17 +54,18 @@ class OptimizerConfig:
             raise ValueError(f"clip must be above 0, or None for no clipping, not {self.clip}")
 
 
-def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """The schedule as a function of the number of updates done so far."""
+def learning_rate(config: OptimizerConfig, peak: float | None = None) -> optax.Schedule:
+    """The schedule as a function of the number of updates done so far; ``peak`` instead of ``lr`` where given."""
+    peak = config.lr if peak is None else peak
     decay_steps = max(1, config.horizon_steps - config.warmup_steps)
     main = {
-        "constant": lambda: optax.constant_schedule(config.lr),
-        "cosine": lambda: optax.cosine_decay_schedule(config.lr, decay_steps, config.final_scale),
-        "linear": lambda: optax.linear_schedule(config.lr, config.lr * config.final_scale, decay_steps),
+        "constant": lambda: optax.constant_schedule(peak),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps, config.final_scale),
+        "linear": lambda: optax.linear_schedule(peak, peak * config.final_scale, decay_steps),
     }[config.schedule]()
     if not config.warmup_steps:
         return main
-    warmup = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
@@ -63,18 +73,45 @@ def decay_mask(params: Any) -> Any:
     """True on the leaves that weight decay applies to: all but norms, scales and biases, told by the leaf's name."""
 
     def decays(path, _):
-        name = str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1]))) if path else ""
+        name = _leaf_name(path)
         return not (any(word in name for word in _NO_DECAY) or name in ("bq", "bk", "bv"))
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def _leaf_name(path: tuple) -> str:
+    return str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1]))) if path else ""
+
+
+def _muon_axes(params: Any) -> Any:
+    """Per leaf what Muon takes for its matrix: ``MuonDimensionNumbers``, or None for the leaves AdamW steps."""
+
+    def axes(path, leaf):
+        ins, outs = _MATRICES.get(_leaf_name(path), ((), ()))
+        fits = len(ins) + len(outs) + 1 == getattr(leaf, "ndim", 0)
+        return optax.contrib.MuonDimensionNumbers(ins, outs) if ins and fits else None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _kinds(params: Any) -> Any:
+    """ "muon" or "adamw" per leaf."""
+    is_axes = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)  # noqa: E731
+    return jax.tree.map(lambda axes: "adamw" if axes is None else "muon", _muon_axes(params), is_leaf=is_axes)
+
+
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW, as an optax transformation."""
-    adamw = optax.adamw(
+    """Clip by global norm, then AdamW (with ``muon_lr``: Muon on the blocks' matrices), as an optax transformation."""
+    step = optax.adamw(
         learning_rate(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=decay_mask
     )
-    return adamw if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), adamw)
+    if config.muon_lr:
+        matrices = optax.contrib.muon(
+            learning_rate(config, config.muon_lr), weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_muon_axes,
+        )  # fmt: skip
+        step = optax.multi_transform({"adamw": step, "muon": matrices}, _kinds)
+    return step if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), step)
 
 
 @struct.dataclass
@@ -105,14 +142,15 @@ def init_state(params: Any, config: OptimizerConfig, seed: int | jax.Array = 0) 
     if mesh is None:
         return TrainState(params, jax.jit(optimizer.init)(params), step, key)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # zeros_like carries no sharding through jit, so the moments' places are given explicitly.
-    shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda _: whole,
-    )
+    # zeros_like carries no sharding through jit, so the moments' places are given explicitly: a leaf of the optimiser's
+    # state whose path ends like a weight's lies where that weight lies (counts and the like: everywhere).
+    weights = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+
+    def place(path, leaf):
+        twin = next((weights[path[i:]] for i in range(len(path)) if path[i:] in weights), None)
+        return twin.sharding if twin is not None and twin.shape == leaf.shape else whole
+
+    shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     return TrainState(params, opt_state, jax.device_put(step, whole), jax.device_put(key, whole))
 

@@ -264,7 +264,8 @@ def cold_start(this: Run) -> None:
         if dropped:
             print(f"cold_start: {dropped} of {len(traces)} traces are longer than rollout.max_total and are left out")
         optimizer = OptimizerConfig(
-            lr=c.lr, schedule="cosine", warmup_steps=max(1, c.steps // 20), horizon_steps=c.steps + 1, b2=c.b2
+            lr=c.lr, schedule="cosine", warmup_steps=max(1, c.steps // 20), horizon_steps=c.steps + 1, b2=c.b2,
+            muon_lr=c.muon_lr,
         )
         state = init_state(model.params, optimizer, this.seed)
         feed = batches(

@@ -26,7 +26,8 @@ MERGES = ("newest", "halves", "interleave", "fused")
 
 @dataclasses.dataclass(frozen=True)
 class TraceConfig:
-    """count: traces. calls: probability of 1, 2, ... calls. words: probability of 1, 2, ... words in a query.
+    """count: traces. calls: probability of 1, 2, ... calls. words: probability of 1, 2, ... words in a query, in
+    the catalogue's order; a later call takes words that the earlier ones left.
     hindsight: share of queries with words of the item that followed. recent: how many history items the other queries
     draw from. merges: ways to make the final list, drawn from for each trace; one way is learned soonest, several leave
     more to explore. All ours: the paper needs no cold start, since its model is pretrained."""
@@ -50,15 +51,15 @@ class Trace:
 def merge(calls: Sequence[np.ndarray], how: str, length: int) -> list[int]:
     """One list of different items from several results.
 
-    newest: the newest call first. halves: the better half of each call, newest first. interleave: calls in turn. fused:
-    by summed reciprocal rank.
+    newest: the newest call first. halves: the better part of each call, which fill the list together, in the order of the
+    calls. interleave: calls in turn, newest first. fused: by summed reciprocal rank.
     """
     if how == "newest":
         order = [item for call in reversed(calls) for item in call]
     elif how == "halves":
         share = -(-length // len(calls))
-        order = [item for call in reversed(calls) for item in call[:share]]
-        order += [item for call in reversed(calls) for item in call[share:]]
+        order = [item for call in calls for item in call[:share]]
+        order += [item for call in calls for item in call[share:]]
     elif how == "interleave":
         order = [item for row in zip(*reversed(calls), strict=True) for item in row]
     elif how == "fused":
@@ -106,17 +107,21 @@ def write_traces(
     sizes = 1 + rng.choice(len(config.words), (config.count, calls.max()), p=np.array(config.words) / sum(config.words))
     hindsight = rng.random((config.count, calls.max())) < config.hindsight
 
-    def query(example: Example, n: int, knows: bool) -> list[str]:
+    def query(example: Example, n: int, knows: bool, said: set[str]) -> list[str]:
         sources = [example.target] if knows else example.history[-config.recent :]
-        stock = list(dict.fromkeys(word for item in sources for word in phrases[item]))
-        return [stock[i] for i in rng.permutation(len(stock))[:n]] or ["anything"]
+        words = list(dict.fromkeys(word for item in sources for word in phrases[item]))
+        stock = [word for word in words if word not in said] or words  # a later call asks for something else
+        return [stock[i] for i in np.sort(rng.permutation(len(stock))[:n])] or ["anything"]
 
     states, _ = env.reset(chosen, 1)
     segments: list[list[tuple[str, str]]] = [[] for _ in chosen]
     results: list[list[np.ndarray]] = [[] for _ in chosen]
+    asked: list[set[str]] = [set() for _ in chosen]
     for turn in range(calls.max()):
         rows = np.flatnonzero(calls > turn)
-        words = [query(chosen[i], sizes[i, turn], hindsight[i, turn]) for i in rows]
+        words = [query(chosen[i], sizes[i, turn], hindsight[i, turn], asked[i]) for i in rows]
+        for i, said in zip(rows, words, strict=True):
+            asked[i].update(said)
         texts = ["; ".join(w) for w in words]
         seen = [np.concatenate(results[i]) if results[i] else np.zeros(0, np.int64) for i in rows]
         found = env.retrieve([chosen[i] for i in rows], texts, env.results, seen)

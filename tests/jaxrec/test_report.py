@@ -208,12 +208,29 @@ def test_a_damaged_result_is_named(workdir: Path, text: str):
 
 
 def test_table_shows_best_values_and_protocol(workdir: Path):
-    table = report.result_table(report.read_run(workdir).result)
+    result = report.read_run(workdir).result
     out = io.StringIO()
-    Console(file=out, width=160).print(table)
+    Console(file=out, width=160).print(*report.result_tables(result, 160))
     text = out.getvalue()
     for words in ("0.3000", "0.9500", "2.50", "leave-one-out", "–"):
         assert words in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_tables_keep_names_and_figures_whole_at_any_width(width: int):
+    metrics = ["recall@10_intent", "seconds", "ndcg@5", "recall@10", "recall@1", "valid_format", "pool_recall", "turns"]
+    values = [{m: i + n / 10 for n, m in enumerate(metrics)} for i in (1, 2)]
+    rows = [{"name": f"a method with a long name, {i}", **row} for i, row in enumerate(values)]
+    out = io.StringIO()
+    tables = report.result_tables({"rows": rows}, width)
+    Console(file=out, width=width).print(*tables)
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in out.getvalue()
+    assert sum("a method" in line for line in lines) == 2 * len(tables)
+    for n in range(len(metrics)):
+        assert f"1.{n}" in out.getvalue()
+    assert report.by_reach({"rows": rows})[:5] == ["recall@1", "recall@10", "ndcg@5", "valid_format", "turns"]
 
 
 def test_best_rows():

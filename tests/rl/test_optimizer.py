@@ -37,6 +37,34 @@ def test_learning_rate_zero_leaves_every_bit():
     assert jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), jax.device_get(state.params), PARAMS))
 
 
+def test_muon_steps_every_layer_as_optax_steps_its_matrix():
+    rng = np.random.default_rng(0)
+    shapes = {"wq": (2, 8, 2, 4), "wo": (2, 2, 4, 8), "w_up": (2, 8, 16), "attn_norm": (2, 8), "embed": (12, 8)}
+    draw = lambda: {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}  # noqa: E731
+    params, grads = draw(), draw()
+    config = OptimizerConfig(lr=1e-2, muon_lr=0.03, clip=None)
+    state = optimizer.init_state(params, config)
+    for _ in range(3):
+        state, _ = optimizer.apply_gradients(state, grads, config)
+
+    def matrices(tree):  # one plain [in, out] matrix per layer, which is all optax's Muon knows of
+        flat = {"wq": (8, 8), "wo": (8, 8), "w_up": (8, 16)}
+        return {f"{name}{n}": tree[name][n].reshape(shape) for name, shape in flat.items() for n in range(2)}
+
+    def run(referee, params, grads):
+        opt_state = referee.init(params)
+        for _ in range(3):
+            updates, opt_state = referee.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    expected = run(optax.contrib.muon(0.03), matrices(params), matrices(grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), matrices(state.params), expected)
+    rest = lambda tree: {name: tree[name] for name in ("attn_norm", "embed")}  # noqa: E731
+    expected = run(optax.adamw(1e-2, b1=0.9, b2=0.95, weight_decay=0.0), rest(params), rest(grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), rest(state.params), expected)
+
+
 @pytest.mark.parametrize(
     ("options", "points"),
     [
@@ -59,6 +87,7 @@ def test_schedules(options, points):
         ("schedule", "step"),
         ("lr", -1.0),
         ("lr", float("nan")),
+        ("muon_lr", -0.1),
         ("schedule", "cosine"),
         ("clip", 0.0),
         ("warmup_steps", -1),
