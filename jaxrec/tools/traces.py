@@ -51,7 +51,7 @@ class Trace:
 def merge(calls: Sequence[np.ndarray], how: str, length: int) -> list[int]:
     """One list of different items from several results.
 
-    newest: the newest call first. halves: the better part of each call, which fill the list together, in the order of the
+    newest: the newest call first. halves: the better part of each call, filling the list together in the order of the
     calls. interleave: calls in turn, newest first. fused: by summed reciprocal rank.
     """
     if how == "newest":
