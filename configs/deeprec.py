@@ -69,6 +69,8 @@ def _base() -> ConfigDict:
     c.baselines.names = ("sasrec",)  # of sasrec, gru4rec, trm_no_text; popularity and Markov are always there
     c.baselines.dim = 64
     c.baselines.dropout = (0.3,)  # searched over on validation users
+    c.baselines.form = "prefix"  # one target per sample, or "all": a target at every position of a window
+    c.baselines.stride = 0  # "all": items between windows of data.max_history; 0 for windows that do not overlap
     c.baselines.lr = 2e-3
     c.baselines.batch_size = 512
     c.baselines.epochs = 16
@@ -171,7 +173,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.cold_rl.steps = 10
         c.rec_rl.steps = 120
         c.evaluate.controls = (
-            "lr_0", "blank_text", "random_words", "untrained", "one_call", "no_stage1", "no_point", "no_rank",
+            "lr_0", "blank_text", "random_words", "untrained", "one_call", "no_stage1", "with_point", "no_rank",
         )  # fmt: skip
         if variant == "world_off":
             c.data.world.intent_share = 0.0
@@ -179,7 +181,17 @@ def get_config(variant: str = "demo") -> ConfigDict:
             c.evaluate.controls = ()
     elif variant in ("ml100k", "small"):
         c.data.update({"source": "files", "decades": True, "max_history": 50})
-    elif variant == "paper":
+        c.env.exclude_history = False  # as the published figures on these files have it
+        # Windows of 50 that overlap by 13, full softmax at every position: validation chose it (RecBole: prefixes).
+        c.baselines.update(
+            {"form": "all", "stride": 37, "dropout": (0.2,), "lr": 3e-3, "batch_size": 128, "epochs": 20}
+        )
+        c.trm.update({"dropout": 0.2, "holdout": 4, "epochs": 12, "patience": 4})
+        c.rollout.update({"max_prompt": 64, "max_total": 152})
+    if variant == "ml100k":
+        c.seeds = (0, 1, 2)
+        c.evaluate.controls = ("lr_0", "blank_text", "random_words", "untrained", "one_call")
+    if variant == "paper":
         c.data.update({"source": "files", "k_user": 5, "k_item": 5, "max_history": 20})
         c.trm.update(
             {"dim": 128, "ffn_dim": 512, "dropout": 0.5, "experts": 8, "lr": 1e-3, "batch_size": 2048, "epochs": 300,

@@ -20,8 +20,11 @@ from jaxrec.tools.recommenders import Trained, preference_texts, scorer
 from jaxrec.tools.trm import random_words
 from models.recsys import Markov, Popularity
 
-CONTROLS = ("lr_0", "blank_text", "random_words", "untrained", "one_call", "no_stage1", "no_point", "no_rank")
+CONTROLS = (
+    "lr_0", "blank_text", "random_words", "untrained", "one_call", "no_stage1", "no_point", "with_point", "no_rank",
+)  # fmt: skip
 METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
+STAGE1_REWARD = "stage1_reward"  # form, invocation and diversity, of every conversation
 SFT, STAGE1, STAGE2 = "DeepRec after SFT", "DeepRec after stage 1", "DeepRec after stage 2"
 HISTORY_ONLY, BEST_ALONE, ORACLE = "TRM, history only", "best recommender alone", "TRM, true words (ceiling)"
 NAMES = {
@@ -32,7 +35,7 @@ LABELS = {
     "lr_0": "stage 2, learning rate 0", "blank_text": "stage 2, query text blanked",
     "random_words": "stage 2, random query words", "untrained": "untrained, several turns",
     "one_call": "one call, same SFT, same steps", "no_stage1": "stage 2 without stage 1", "no_point": "without r_point",
-    "no_rank": "without r_rank",
+    "with_point": "with r_point", "no_rank": "without r_rank",
 }  # fmt: skip
 
 
@@ -85,9 +88,9 @@ class _Book:
         values = {metric: rank_values(rank, metric) for metric in METRICS}
         self.add(name, {**_row(rank, self.kinds), **more}, values)
 
-    def add_judged(self, name: str, judged: Judged, **more: float) -> None:
-        row = {**judged.row(self.kinds), **more}
-        self.add(name, row, {metric: judged.values(metric) for metric in METRICS})
+    def add_judged(self, name: str, judged: Judged, stage1: np.ndarray, **more: float) -> None:
+        row = {**judged.row(self.kinds), STAGE1_REWARD: float(stage1.mean()), **more}
+        self.add(name, row, {**{metric: judged.values(metric) for metric in METRICS}, STAGE1_REWARD: stage1})
 
 
 def evaluate_seed(this: Any, baselines: Mapping[str, Trained], controls: Mapping[str, str]) -> SeedResult:
@@ -136,7 +139,7 @@ def _play(this, book: _Book, name: str, checkpoint: str, env, options, examples,
         others = np.setdiff1d(np.arange(len(examples)), found)[: count - len(found)]
         records = readable(judged, [*found, *others], this.task.catalogue, checkpoint, 0)
         _replace_records(this.folder / "trajectories.jsonl", checkpoint, records)
-    book.add_judged(name, judged, **more)
+    book.add_judged(name, judged, this.reward(judged.states, "cold")["total"], **more)
 
 
 def _replace_records(path: Path, stage: str, records: list[dict]) -> None:
@@ -201,7 +204,7 @@ def oracle_ranks(this: Any, rows: np.ndarray) -> np.ndarray:
     ).ranks  # fmt: skip
 
 
-# (name, a, b, what it decides): the mean of a - b over users with a paired 95 % bootstrap interval
+# (name, a, b, whether it decides): the mean of a - b over users with a paired 95 % bootstrap interval
 QUESTIONS = (
     ("RL over its SFT start", STAGE2, SFT, True),
     ("stage 1 over its SFT start", STAGE1, SFT, False),
@@ -212,6 +215,7 @@ QUESTIONS = (
     ("own words over random ones", STAGE2, LABELS["random_words"], False),
     ("stage 1 then 2 over 2 alone", STAGE2, LABELS["no_stage1"], False),
     ("with r_point over without", STAGE2, LABELS["no_point"], False),
+    ("without r_point over with", STAGE2, LABELS["with_point"], False),
     ("with r_rank over without", STAGE2, LABELS["no_rank"], False),
     ("learning rate 0 against SFT", LABELS["lr_0"], SFT, False),
 )
@@ -231,11 +235,13 @@ def pool(config: Any, results: list[SeedResult], workdir: Path) -> dict:
             row["recall@10_std"] = float(np.std([p["recall@10"] for p in parts], ddof=1))
         rows.append(row)
     comparisons = []
-    for title, a, b, decides in QUESTIONS:
+    questions = [(*question, "recall@10") for question in QUESTIONS]
+    questions.insert(1, ("stage 1 raises its reward", STAGE1, SFT, False, STAGE1_REWARD))
+    for title, a, b, decides, metric in questions:
         if all(x in r.values for r in results for x in (a, b)):
-            first, second = (np.concatenate([r.values[x]["recall@10"] for r in results]) for x in (a, b))
+            first, second = (np.concatenate([r.values[x][metric] for r in results]) for x in (a, b))
             difference, low, high = paired_interval(first, second, seed=0)
-            comparison = {"name": f"{title}: {a} - {b}", "metric": "recall@10", "difference": difference,
+            comparison = {"name": f"{title}: {a} - {b}", "metric": metric, "difference": difference,
                           "low": low, "high": high}  # fmt: skip
             if decides:
                 comparison |= {"criterion": config.evaluate.criterion, "met": bool(low > 0)}

@@ -42,7 +42,7 @@ from rl.finetune import SFTConfig, sft
 from rl.metrics import MetricsWriter
 from rl.optimizer import OptimizerConfig, init_state
 from rl.policy import GRPOConfig
-from rl.recommender import RecommenderConfig
+from rl.recommender import FORMS, RecommenderConfig
 from rl.rewards import STAGES as REWARD_PARTS
 from rl.rewards import DeepRecReward, RewardConfig
 from rl.rollout import RolloutConfig, rollout
@@ -100,6 +100,13 @@ class Run:
             style=style, stop_on_answer=stop_on_answer,
         )  # fmt: skip
 
+    @functools.cached_property
+    def reward(self) -> DeepRecReward:
+        return DeepRecReward(
+            self.task.catalogue, self.task.encode, self.task.item_text, np.asarray(self.trm.module.item_table()),
+            reward_config(self.config),
+        )  # fmt: skip
+
     def rollout_config(self, temperature: float = 1.0) -> RolloutConfig:
         r = self.config.rollout
         return RolloutConfig(
@@ -115,6 +122,9 @@ def check(config: Any) -> None:
         for value in config[group][name]:
             if value not in known:
                 raise UsageError(f"{field}: no {value!r}{nearest(value, known)}; known: {', '.join(known)}")
+    for name, same in (("no_point", 0.0), ("with_point", 1.0)):
+        if name in config.evaluate.controls and config.reward.point == same:
+            raise UsageError(f"evaluate.controls: {name!r} is the run itself when reward.point={same}; leave it out")
     if not config.model.path and not config.cold_start.steps:
         raise UsageError("cold_start.steps=0 needs a pretrained model: set --config.model.path to its folder")
     for name in ("cold_rl", "rec_rl"):
@@ -127,6 +137,13 @@ def check(config: Any) -> None:
         raise UsageError(
             f"rollout.max_total={r.max_total} must leave room behind rollout.max_prompt={r.max_prompt}, and "
             f"rollout.max_new={r.max_new} be at least 1"
+        )
+    if config.baselines.form not in FORMS:
+        raise UsageError(f"baselines.form={config.baselines.form!r} must be one of {', '.join(FORMS)}")
+    if not 0 <= config.baselines.stride <= config.data.max_history:
+        raise UsageError(
+            f"baselines.stride={config.baselines.stride} must lie between 0 and data.max_history="
+            f"{config.data.max_history}"
         )
     policy_config(config, 0, "rec")
     reward_config(config)
@@ -196,10 +213,11 @@ def run(config: Any, workdir: Path, stages: Sequence[str]) -> dict:
 # --- trm -------------------------------------------------------------------------------------------------------------
 
 
-def _recommender_config(options: Any, seed: int) -> RecommenderConfig:
+def _recommender_config(options: Any, seed: int, form: str = "prefix") -> RecommenderConfig:
     return RecommenderConfig(
-        lr=options.lr, batch_size=options.batch_size, epochs=options.epochs, patience=options.patience, seed=seed
-    )
+        lr=options.lr, batch_size=options.batch_size, epochs=options.epochs, patience=options.patience, seed=seed,
+        form=form,
+    )  # fmt: skip
 
 
 def _save_every(epochs: int) -> int:
@@ -225,8 +243,9 @@ def train_baselines(this: Run) -> dict[str, Trained]:
     c = this.config.baselines
     return {
         name: train_recommender(
-            name, this.task, {"dim": c.dim}, _recommender_config(c, this.seed), this.checkpoint(name),
-            grid={"dropout": c.dropout}, exclude_history=this.config.env.exclude_history,
+            name, this.task, {"dim": c.dim},
+            _recommender_config(c, this.seed, "prefix" if name == "trm_no_text" else c.form), this.checkpoint(name),
+            grid={"dropout": c.dropout}, exclude_history=this.config.env.exclude_history, stride=c.stride,
             save_every=_save_every(c.epochs),
         )
         for name in c.names
@@ -341,10 +360,6 @@ def reinforce(
     examples = this.task.examples("train")
     feed = batches({"index": rows}, min(r.prompts_per_step, len(rows)), this.seed)
     env, options = this.env(max_calls=max_calls), this.rollout_config()
-    reward = DeepRecReward(
-        this.task.catalogue, this.task.encode, this.task.item_text, np.asarray(this.trm.module.item_table()),
-        reward_config(this.config),
-    )  # fmt: skip
     settings = policy_config(this.config, this.seed, stage, lr_scale, weights)
 
     def play(params: Any, batch: dict[str, np.ndarray], key: jax.Array):
@@ -355,7 +370,7 @@ def reinforce(
                 fuse=this.mesh is None,
             )  # fmt: skip
         begin = time.perf_counter()
-        parts = reward(states, stage)
+        parts = this.reward(states, stage)
         parts.pop("total")
         info = {
             "calls": float(np.mean([s.calls for s in states])),
@@ -407,6 +422,8 @@ def control(this: Run, name: str) -> str:
         stage2(start="cold_start")
     elif name in ("no_point", "no_rank"):
         stage2(start="cold_rl", weights=_weights(this, **{name.removeprefix("no_"): 0.0}))
+    elif name == "with_point":
+        stage2(start="cold_rl", weights=_weights(this, point=1.0))
     elif name == "untrained":
         return "untrained"
     elif name in ("blank_text", "random_words"):

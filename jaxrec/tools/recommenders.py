@@ -61,6 +61,8 @@ def build(kind: str, task: Task, settings: Mapping[str, Any], seed: int) -> Sequ
         raise ValueError(f"unknown recommender {kind!r}; known: {', '.join(KINDS)}")
     module, config = KINDS[kind]
     fields = {"num_items": len(task.catalogue), "max_len": task.max_len, **settings}
+    if config is SASRecConfig and "dropout" in fields:  # one rate for both, so that a search covers them together
+        fields.setdefault("attention_dropout", fields["dropout"])
     if config is TRMConfig:
         fields["text_dim"] = task.item_text.shape[1]
         return TRM(TRMConfig(**fields), task.item_text, rngs=nnx.Rngs(seed))
@@ -93,15 +95,17 @@ def train_recommender(
     texts: Mapping[str, Any] | None = None,
     exclude_history: bool,
     holdout: int = 0,
+    stride: int = 0,
     save_every: int = 0,
 ) -> Trained:
     """Fit every setting of ``grid`` (none: one fit), keep the best on validation users, resume where it stopped.
 
-    holdout: last training targets per user that are kept from the fit (prefix form).
+    holdout: last training targets per user that are kept from the fit (prefix form). stride: items between the starts
+    of a user's windows in the "all" form; 0 is ``max_len``, windows that do not overlap.
     texts: arguments of :func:`preference_texts` for kind "trm". folder: ``<workdir>/checkpoints/<name>``; metrics go
     to the workdir's metrics.jsonl. A finished folder is loaded, not trained again.
     """
-    how = _How(texts, exclude_history, holdout, save_every)
+    how = _How(texts, exclude_history, holdout, stride, save_every)
     results = []
     for number, choice in enumerate(_expand(grid or {})):
         part = folder / f"setting{number}" if grid else folder
@@ -117,6 +121,7 @@ class _How:
     texts: Mapping[str, Any] | None
     exclude_history: bool
     holdout: int
+    stride: int
     save_every: int
 
 
@@ -140,7 +145,7 @@ def _train_one(kind, task, settings, training, folder: Path, how: _How) -> Train
 def _fit(kind, task, module, settings, training, folder, checkpointer, how: _How) -> Trained:
     start = time.perf_counter()
     if training.form == "all":
-        items, targets = task.split.train_windows(module.max_len, module.max_len)
+        items, targets = task.split.train_windows(module.max_len, how.stride or module.max_len)
         arrays = {"items": items, "targets": targets}
     else:
         samples = task.split.samples("train", module.max_len)

@@ -26,11 +26,11 @@ MERGES = ("newest", "halves", "interleave", "fused")
 
 @dataclasses.dataclass(frozen=True)
 class TraceConfig:
-    """count: traces. calls: probability of 1, 2, ... calls. words: probability of 1, 2, ... words in a query, in
-    the catalogue's order; a later call takes words that the earlier ones left.
-    hindsight: share of queries with words of the item that followed. recent: how many history items the other queries
-    draw from. merges: ways to make the final list, drawn from for each trace; one way is learned soonest, several leave
-    more to explore. All ours: the paper needs no cold start, since its model is pretrained."""
+    """count: traces. calls: probability of 1, 2, ... calls. words: probability of 1, 2, ... words in a query, in the
+    catalogue's order; a later call takes words that the earlier ones left. hindsight: share of queries with words of
+    the item that followed; the others describe one of the ``recent`` last history items, another one at each call.
+    merges: ways to make the final list, drawn from for each trace; one way is learned soonest, several leave more to
+    explore. All ours: the paper needs no cold start, since its model is pretrained."""
 
     count: int = 6000
     calls: tuple[float, ...] = (0.25, 0.5, 0.25)
@@ -106,10 +106,11 @@ def write_traces(
     calls = np.minimum(calls, env.max_calls)
     sizes = 1 + rng.choice(len(config.words), (config.count, calls.max()), p=np.array(config.words) / sum(config.words))
     hindsight = rng.random((config.count, calls.max())) < config.hindsight
+    shift = rng.integers(0, config.recent, config.count)
 
-    def query(example: Example, n: int, knows: bool, said: set[str]) -> list[str]:
-        sources = [example.target] if knows else example.history[-config.recent :]
-        words = list(dict.fromkeys(word for item in sources for word in phrases[item]))
+    def query(example: Example, n: int, knows: bool, turn: int, shift: int, said: set[str]) -> list[str]:
+        recent = example.history[-config.recent :]
+        words = phrases[example.target if knows else recent[(turn + shift) % len(recent)]]
         stock = [word for word in words if word not in said] or words  # a later call asks for something else
         return [stock[i] for i in np.sort(rng.permutation(len(stock))[:n])] or ["anything"]
 
@@ -119,7 +120,7 @@ def write_traces(
     asked: list[set[str]] = [set() for _ in chosen]
     for turn in range(calls.max()):
         rows = np.flatnonzero(calls > turn)
-        words = [query(chosen[i], sizes[i, turn], hindsight[i, turn], asked[i]) for i in rows]
+        words = [query(chosen[i], sizes[i, turn], hindsight[i, turn], turn, shift[i], asked[i]) for i in rows]
         for i, said in zip(rows, words, strict=True):
             asked[i].update(said)
         texts = ["; ".join(w) for w in words]

@@ -29,6 +29,10 @@ SMALL = (
 )  # fmt: skip
 
 
+# Every control but the one that would be the run itself: the tiny run has no r_point to take away.
+CONTROLS = tuple(name for name in judging.CONTROLS if name != "no_point")
+
+
 def config(*overrides: str):
     return resolve_config("deeprec:tiny", [f"--config.{o}" for o in (*SMALL, *overrides)])
 
@@ -60,7 +64,7 @@ def rows_of(folder: Path) -> dict[str, list[dict]]:
 def finished(tmp_path_factory) -> tuple[Path, dict]:
     """One run with every control, stage by stage: (workdir, result)."""
     folder = tmp_path_factory.mktemp("deeprec") / "run"
-    chosen = config(f"evaluate.controls={judging.CONTROLS!r}")
+    chosen = config(f"evaluate.controls={CONTROLS!r}")
     save_config(folder, chosen)
     for stage in deeprec.STAGES:
         result = deeprec.run(chosen, folder, [stage])
@@ -75,7 +79,7 @@ def test_result_holds_every_row_protocol_and_comparison(finished):
     names = [row["name"] for row in result["rows"]]
     wanted = [judging.NAMES[name] for name in ("popularity", "markov", "sasrec")]
     wanted += [judging.HISTORY_ONLY, judging.ORACLE, judging.SFT, judging.STAGE1, judging.STAGE2]
-    wanted += list(judging.LABELS.values())
+    wanted += [judging.LABELS[name] for name in CONTROLS]
     assert set(wanted) <= set(names)
     (best,) = set(names) - set(wanted)
     assert best.startswith(judging.BEST_ALONE)
@@ -96,7 +100,10 @@ def test_result_holds_every_row_protocol_and_comparison(finished):
     assert protocol["history_excluded"] is True
     assert (protocol["users"], protocol["items"], protocol["seeds"]) == (32, 64, [0])
     assert "leave" in protocol["split"].lower()
-    assert len(result["comparisons"]) == len(judging.QUESTIONS)
+    asked = {comparison["name"].split(":")[0] for comparison in result["comparisons"]}
+    assert asked == {question[0] for question in judging.QUESTIONS} - {"with r_point over without"} | {
+        "stage 1 raises its reward"
+    }
     decided = [c for c in result["comparisons"] if "met" in c]
     assert len(decided) == 1
     assert decided[0]["criterion"] == config().evaluate.criterion
@@ -160,11 +167,11 @@ def test_run_again_does_nothing_new_and_the_command_line_reports(finished, capsy
     folder, result = finished
     kept = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("result.json", "seconds.json")]
     before = {path: path.stat().st_mtime_ns for path in kept}
-    assert deeprec.run(config(f"evaluate.controls={judging.CONTROLS!r}"), folder, deeprec.STAGES) == result
+    assert deeprec.run(config(f"evaluate.controls={CONTROLS!r}"), folder, deeprec.STAGES) == result
     after = {p for p in folder.rglob("*") if p.is_file() and p.name not in ("result.json", "seconds.json")}
     assert {path: path.stat().st_mtime_ns for path in after} == before
 
-    words = [f"--config.{o}" for o in (*SMALL, f"evaluate.controls={judging.CONTROLS!r}")]
+    words = [f"--config.{o}" for o in (*SMALL, f"evaluate.controls={CONTROLS!r}")]
     code = cli.main(["run", "--config=deeprec:tiny", f"--workdir={folder}", "--stages=evaluate", *words])
     printed = capsys.readouterr()
     assert code == cli.OK, printed.err
@@ -196,7 +203,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_rows_that_are_missing(finish
     book._path(judging.STAGE1).unlink()
     first = book._path(judging.SFT)
     before = first.stat().st_mtime_ns
-    again = deeprec.run(config(f"evaluate.controls={judging.CONTROLS!r}"), copy, ["evaluate"])
+    again = deeprec.run(config(f"evaluate.controls={CONTROLS!r}"), copy, ["evaluate"])
     assert figures(again) == figures(result)
     assert first.stat().st_mtime_ns == before
     lines = (copy / "trajectories.jsonl").read_text().splitlines()

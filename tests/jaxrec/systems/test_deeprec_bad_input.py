@@ -15,6 +15,9 @@ from jaxrec.systems import deeprec
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["evaluate.controls=('no_point',)"], r"'no_point' is the run itself when reward\.point=0"),
+        (["baselines.form=windows"], r"baselines\.form='windows' must be one of prefix, all"),
+        (["baselines.stride=99"], r"baselines\.stride=99 must lie between 0 and data\.max_history=12"),
         (["evaluate.controls=('lr0',)"], r"evaluate\.controls: no 'lr0' \(did you mean lr_0\?\); known: lr_0, blank"),
         (["baselines.names=('sasrec', 'gru')"], r"baselines\.names: no 'gru'.*known: sasrec, gru4rec, trm_no_text"),
         (["data.source=wrld"], r"data\.source='wrld': choose 'world' or 'files'"),
