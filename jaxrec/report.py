@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Columns in which more is better; only these have a best. Anything else (turns, seconds) is a description.
 _HIGHER_IS_BETTER = ("recall@", "ndcg@", "hit@", "mrr", "accuracy", "valid_format")
-_NOT_METRICS = ("name", "intervals", "note", "reference")
+_NOT_METRICS = ("name", "intervals", "note", "reference", "users")  # users: said in the protocol line
 
 
 @dataclass(frozen=True)
