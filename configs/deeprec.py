@@ -201,11 +201,11 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.baselines.update({"dropout": (0.2, 0.5), "lr": 1e-3, "batch_size": 2048, "epochs": 300, "patience": 10})
         c.model.update({"dtype": "bfloat16", "remat": True})
         c.env.update(
-            {"results": 20, "max_calls": 8, "history": 20, "exclude_history": False,
+            {"results": 20, "max_calls": 8, "history": 20, "exclude_history": False, "exclude_seen": False,
              "instructions": True, "result_categories": True}
         )  # fmt: skip
         c.rollout.update({"max_prompt": 4096, "max_total": 16384, "max_new": 2048, "top_p": 0.95})
-        c.cold_start.steps = 0
+        c.cold_start.update({"steps": 0, "lr": 1e-5, "muon_lr": 0.0})
         c.rl.update({"prompts_per_step": 128, "minibatches": 2, "micro_batches": 64, "lr": 1e-6})
         c.reward.point = 1.0
         c.cold_rl.steps = 20
