@@ -59,8 +59,8 @@ def _base() -> ConfigDict:
     c.trm.experts = 4
     c.trm.lr = 2e-3
     c.trm.batch_size = 512
-    c.trm.epochs = 16
-    c.trm.patience = 5
+    c.trm.epochs = 24  # the first eight learn next to nothing, so patience must be longer than that
+    c.trm.patience = 12
     c.trm.history_only = 0.3  # share of training texts with words of the history alone (ours)
     c.trm.no_text = 0.25  # share of training pairs without a text, so that history-only use is in distribution (ours)
     c.trm.max_phrases = 4
@@ -74,8 +74,8 @@ def _base() -> ConfigDict:
     c.baselines.stride = 0  # "all": items between windows of data.max_history; 0 for windows that do not overlap
     c.baselines.lr = 2e-3
     c.baselines.batch_size = 512
-    c.baselines.epochs = 16
-    c.baselines.patience = 5
+    c.baselines.epochs = 24
+    c.baselines.patience = 12
 
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face folder of a pretrained model; "" trains one of the sizes below from scratch
@@ -169,7 +169,8 @@ def get_config(variant: str = "demo") -> ConfigDict:
     elif variant in ("world", "world_off"):
         c.seeds = (0, 1, 2)
         c.baselines.names = ("sasrec", "gru4rec", "trm_no_text")
-        c.baselines.dropout = (0.2, 0.5)
+        c.trm.epochs = 40
+        c.baselines.update({"dropout": (0.2, 0.5), "epochs": 40})
         c.cold_start.steps = 200
         c.cold_rl.steps = 10
         c.rec_rl.steps = 160
@@ -185,9 +186,10 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.env.exclude_history = False  # as the published figures on these files have it
         # Windows of 50 that overlap by 13, full softmax at every position: validation chose it (RecBole: prefixes).
         c.baselines.update(
-            {"form": "all", "stride": 37, "dropout": (0.2,), "lr": 3e-3, "batch_size": 128, "epochs": 20}
-        )
-        c.trm.update({"dropout": 0.2, "holdout": 4, "epochs": 12, "patience": 4})
+            {"form": "all", "stride": 37, "dropout": (0.2,), "lr": 3e-3, "batch_size": 128, "epochs": 20,
+             "patience": 6}
+        )  # fmt: skip
+        c.trm.update({"dropout": 0.2, "holdout": 4, "epochs": 16})
         c.rollout.update({"max_prompt": 64, "max_total": 152})
     if variant == "ml100k":
         c.seeds = (0, 1, 2)
