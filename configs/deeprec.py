@@ -127,7 +127,7 @@ def _base() -> ConfigDict:
     c.rl.clip_low = 0.2
     c.rl.clip_high = 0.28
     c.rl.kl_coef = 0.0
-    c.rl.lr = 4e-4  # 9e-4 and more undo what the supervised start has learned before anything is gained
+    c.rl.lr = 4e-4  # 9e-4 and more first undo what the supervised start has learned
     c.rl.difficulty = 100  # keep prompts whose target the recommender ranks within this; 0 keeps all
     c.rl.save_every = 10
     c.rl.logprob_chunk = 256
@@ -184,7 +184,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
     elif variant in ("ml100k", "small"):
         c.data.update({"source": "files", "decades": True, "max_history": 50})
         c.env.exclude_history = False  # as the published figures on these files have it
-        # Windows of 50 that overlap by 13, full softmax at every position: validation chose it (RecBole: prefixes).
+        # Windows of 50 that overlap by 13, full softmax at every position (RecBole trains on prefixes).
         c.baselines.update(
             {"form": "all", "stride": 37, "dropout": (0.2,), "lr": 3e-3, "batch_size": 128, "epochs": 20,
              "patience": 6}

@@ -216,9 +216,9 @@ def protocol_line(result: Mapping[str, Any]) -> str:
 
 
 def result_tables(result: Mapping[str, Any], width: int = 80) -> list[Table]:
-    """The result as terminal tables no wider than ``width``, the best of each column in bold, the protocol at the end.
+    """The result as terminal tables no wider than ``width``, the best of each column in bold.
 
-    What does not fit into one table goes on in the next.
+    What does not fit into the first goes on in the next; the protocol stands below the first.
     """
     from rich import box
     from rich.table import Table
@@ -242,7 +242,7 @@ def result_tables(result: Mapping[str, Any], width: int = 80) -> list[Table]:
     for number, group in enumerate(groups or [[]]):
         table = Table(
             title=Text(title) if number == 0 else None,
-            caption=Text(protocol_line(result)) if number == len(groups) - 1 else None,
+            caption=Text(protocol_line(result)) if number == 0 else None,  # the widest table
             box=box.SIMPLE_HEAD,
             padding=0,
             pad_edge=False,

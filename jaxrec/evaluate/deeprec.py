@@ -6,13 +6,13 @@ users over the full catalogue with the same items left out.
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxrec.config import write_atomic
 from jaxrec.data.recommendation import Task
 from jaxrec.evaluate.agent import Judged, play, readable
 from jaxrec.evaluate.ranking import evaluate_ranking, paired_interval, rank_values
@@ -80,9 +80,7 @@ class _Book:
     def add(self, name: str, row: Mapping[str, float], values: Mapping[str, np.ndarray]) -> None:
         self.rows[name], self.values[name] = dict(row), dict(values)
         kept = {"row": dict(row), "values": {metric: np.asarray(v).tolist() for metric, v in values.items()}}
-        draft = self._path(name).with_suffix(".tmp")
-        draft.write_text(json.dumps(kept))
-        os.replace(draft, self._path(name))
+        write_atomic(self._path(name), json.dumps(kept))
 
     def add_ranks(self, name: str, rank: np.ndarray, **more: float) -> None:
         values = {metric: rank_values(rank, metric) for metric in METRICS}
@@ -145,9 +143,7 @@ def _play(this, book: _Book, name: str, checkpoint: str, env, options, examples,
 def _replace_records(path: Path, stage: str, records: list[dict]) -> None:
     kept = path.read_text().splitlines() if path.exists() else []
     kept = [line for line in kept if json.loads(line)["stage"] != stage]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(line + "\n" for line in [*kept, *(json.dumps(record) for record in records)]))
-    os.replace(draft, path)
+    write_atomic(path, "".join(line + "\n" for line in [*kept, *(json.dumps(record) for record in records)]))
 
 
 def alone(this: Any, baselines: Mapping[str, Trained], book: _Book, rows: np.ndarray) -> None:
@@ -204,20 +200,21 @@ def oracle_ranks(this: Any, rows: np.ndarray) -> np.ndarray:
     ).ranks  # fmt: skip
 
 
-# (name, a, b, whether it decides): the mean of a - b over users with a paired 95 % bootstrap interval
+# (name, metric, a, b): the mean of a - b over users with a paired 95 % bootstrap interval. The first one decides.
 QUESTIONS = (
-    ("RL over its SFT start", STAGE2, SFT, True),
-    ("stage 1 over its SFT start", STAGE1, SFT, False),
-    ("over the TRM with history only", STAGE2, HISTORY_ONLY, False),
-    ("over the best validated recommender alone", STAGE2, BEST_ALONE, False),
-    ("several calls over one", STAGE2, LABELS["one_call"], False),
-    ("true words over blanked ones", STAGE2, LABELS["blank_text"], False),
-    ("own words over random ones", STAGE2, LABELS["random_words"], False),
-    ("stage 1 then 2 over 2 alone", STAGE2, LABELS["no_stage1"], False),
-    ("with r_point over without", STAGE2, LABELS["no_point"], False),
-    ("without r_point over with", STAGE2, LABELS["with_point"], False),
-    ("with r_rank over without", STAGE2, LABELS["no_rank"], False),
-    ("learning rate 0 against SFT", LABELS["lr_0"], SFT, False),
+    ("RL over its SFT start", "recall@10", STAGE2, SFT),
+    ("stage 1 raises its reward", STAGE1_REWARD, STAGE1, SFT),
+    ("stage 1 over its SFT start", "recall@10", STAGE1, SFT),
+    ("over the TRM with history only", "recall@10", STAGE2, HISTORY_ONLY),
+    ("over the best validated recommender alone", "recall@10", STAGE2, BEST_ALONE),
+    ("several calls over one", "recall@10", STAGE2, LABELS["one_call"]),
+    ("true words over blanked ones", "recall@10", STAGE2, LABELS["blank_text"]),
+    ("own words over random ones", "recall@10", STAGE2, LABELS["random_words"]),
+    ("stage 1 then 2 over 2 alone", "recall@10", STAGE2, LABELS["no_stage1"]),
+    ("with r_point over without", "recall@10", STAGE2, LABELS["no_point"]),
+    ("without r_point over with", "recall@10", STAGE2, LABELS["with_point"]),
+    ("with r_rank over without", "recall@10", STAGE2, LABELS["no_rank"]),
+    ("learning rate 0 against SFT", "recall@10", LABELS["lr_0"], SFT),
 )
 
 
@@ -235,15 +232,13 @@ def pool(config: Any, results: list[SeedResult], workdir: Path) -> dict:
             row["recall@10_std"] = float(np.std([p["recall@10"] for p in parts], ddof=1))
         rows.append(row)
     comparisons = []
-    questions = [(*question, "recall@10") for question in QUESTIONS]
-    questions.insert(1, ("stage 1 raises its reward", STAGE1, SFT, False, STAGE1_REWARD))
-    for title, a, b, decides, metric in questions:
+    for number, (title, metric, a, b) in enumerate(QUESTIONS):
         if all(x in r.values for r in results for x in (a, b)):
             first, second = (np.concatenate([r.values[x][metric] for r in results]) for x in (a, b))
             difference, low, high = paired_interval(first, second, seed=0)
             comparison = {"name": f"{title}: {a} - {b}", "metric": metric, "difference": difference,
                           "low": low, "high": high}  # fmt: skip
-            if decides:
+            if number == 0:
                 comparison |= {"criterion": config.evaluate.criterion, "met": bool(low > 0)}
             comparisons.append(comparison)
     protocol = {**results[0].protocol, "seeds": [r.seed for r in results],
@@ -252,7 +247,5 @@ def pool(config: Any, results: list[SeedResult], workdir: Path) -> dict:
         "system": config.system, "variant": config.variant, "seed": list(config.seeds), "protocol": protocol,
         "rows": rows, "comparisons": comparisons,
     }  # fmt: skip
-    draft = workdir / "result.tmp"
-    draft.write_text(json.dumps(result, indent=1))
-    os.replace(draft, workdir / "result.json")
+    write_atomic(workdir / "result.json", json.dumps(result, indent=1))
     return result

@@ -15,7 +15,6 @@ numbers are not reproduced here: its tables and training texts are not public.
 import dataclasses
 import functools
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
-from jaxrec.config import UsageError, nearest
+from jaxrec.config import UsageError, nearest, write_atomic
 from jaxrec.data.pipeline import batches
 from jaxrec.data.recommendation import Task, config_task
 from jaxrec.evaluate import deeprec as judging
@@ -448,6 +447,4 @@ def _note_seconds(folder: Path, stage: str, seconds: float) -> None:
     path = folder / "seconds.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     known[stage] = round(known.get(stage, 0.0) + seconds, 2)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(known))
-    os.replace(draft, path)
+    write_atomic(path, json.dumps(known))

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from jaxrec.config import write_atomic
 from jaxrec.data.recommendation import Task
 from jaxrec.evaluate.ranking import evaluate_ranking
 from models.recsys import (
@@ -186,9 +186,6 @@ def _fit(kind, task, module, settings, training, folder, checkpointer, how: _How
     step = int(result.state["epoch"]) + 1  # one past the last epoch: the finished weights have a step of their own
     if checkpointer.latest_step() != step:  # else a run was stopped between this line and the next ones
         checkpointer.save(step, result.state, meta={"seconds": seconds})
-    draft = folder / "done.tmp"
-    draft.write_text(
-        json.dumps({"step": step, "valid": valid, "seconds": seconds, "settings": dict(settings)}, indent=1)
-    )
-    os.replace(draft, folder / "done.json")
+    facts = {"step": step, "valid": valid, "seconds": seconds, "settings": dict(settings)}
+    write_atomic(folder / "done.json", json.dumps(facts, indent=1))
     return Trained(kind, result.module, valid, dict(settings), seconds)
