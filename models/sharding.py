@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "model": (),  # activations' width: whole, since the batch already uses the fsdp axis
 }
 
+
 def make_mesh(
     data: int = 1, fsdp: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:

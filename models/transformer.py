@@ -19,7 +19,7 @@ from models.taps import BLOCK_SITES, Edit, Taps, check_sites
 
 _UNROLLED_LAYERS = 4
 
-# (q [B,T,N,H], k [B,T,K,H], v [B,T,K,H], taps) -> heads [B,T,N,H]
+# (q [B,T,N,H], new keys k [B,T,K,H] and values v [B,T,K,H], taps) -> heads [B,T,N,H]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Taps], jax.Array]
 
 
@@ -56,31 +56,12 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, taps: Taps) -> jax.Array:
     """Grouped-query attention without repeating keys.
 
-    q [B,T,N,H]; k, v [B,S,K,H]; mask bool [B or 1,T,S], True where a query may look. Scores and softmax in float32.
-    Returns [B,T,N,H] in q's dtype.
+    q [B,T,N,H]; k, v [B,K,S,H], heads in front of time, as batched matrix products want them; mask bool [B or 1,T,S],
+    True where a query may look. Scores and softmax in float32. Returns [B,T,N,H] in q's dtype.
     """
     B, T, N, H = q.shape
-    K = k.shape[2]
-    if T > 1:
-        return _attention_by_head(q, k, v, mask, taps)
-    q = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    scores = taps("attn.logits", jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min))
-    probs = taps("attn.probs", jax.nn.softmax(scores, axis=-1))
-    heads = jnp.einsum("bkgts,bskh->btkgh", probs.astype(v.dtype), v)
-    return heads.reshape(B, T, N, H)
-
-
-def _attention_by_head(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, taps: Taps) -> jax.Array:
-    """The same for many queries: heads in front of time, as batched matrix products want them.
-
-    One query reads the cache in place instead, since moving it would cost more than the product. Forward takes a third
-    of the time on CPU.
-    """
-    B, T, N, H = q.shape
-    K = k.shape[2]
+    K = k.shape[1]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
     scores = taps("attn.logits", jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min))
     probs = taps("attn.probs", jax.nn.softmax(scores, axis=-1))
@@ -227,4 +208,4 @@ def forward(
 
 
 def _attend_full(q, k, v, taps, *, mask):
-    return attention(q, k, v, mask, taps)
+    return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, taps)

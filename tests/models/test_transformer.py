@@ -46,7 +46,7 @@ def test_rope_turns_pairs_and_depends_on_distance_only(rng):
 def test_attention_equals_repeated_heads(rng):
     q, k, v = (rng.standard_normal((2, 5, n, 6)).astype(np.float32) for n in (4, 2, 2))
     mask = np.tril(np.ones((1, 5, 5), bool))
-    ours = attention(q, k, v, mask, Taps())
+    ours = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, Taps())
     k, v = np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)
     scores = np.where(mask[:, None], np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(6), -np.inf)
     probs = np.exp(scores - scores.max(-1, keepdims=True))
