@@ -6,6 +6,7 @@ The pieces, in the order ``rl.trainer.train`` calls them: :func:`total_reward`, 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from flax import struct
 
 from models.config import Config
 from models.sample import bucket
-from models.sharding import shard_batch, use_mesh
+from models.sharding import RULES, shard_batch, use_mesh
 from rl import advantages, losses
 from rl.logprobs import selection, token_logprobs
 from rl.optimizer import OptimizerConfig, TrainState, accumulate_gradients, apply_gradients
@@ -296,6 +297,22 @@ def add_logprobs(
     return batch.replace(old_logprobs=old, ref_logprobs=reference)
 
 
+def trained_rows(trains: np.ndarray, rows: np.ndarray, slots: int) -> np.ndarray:
+    """Those of ``rows`` that are run: all that train, in order, filled up with others to a quarter of their number.
+
+    trains: bool [R], whether a row holds a token to learn from; the others add exactly 0 to loss and gradient, so
+    running them only costs time. Quarters keep the number of compiled programs at four; a quarter that ``slots`` does
+    not divide means all rows. Empty when no row trains.
+    """
+    wanted, quarter = int(trains.sum()), len(rows) // 4
+    if not wanted:
+        return rows[:0]
+    if quarter % slots or len(rows) % 4:
+        return rows
+    count = -(-wanted // quarter) * quarter
+    return rows[np.sort(np.argsort(~trains, kind="stable")[:count])]
+
+
 def update(
     state: TrainState, batch: Batch, config: GRPOConfig, model_config: Config, step: int, mesh=None
 ) -> tuple[TrainState, dict[str, float]]:
@@ -306,6 +323,8 @@ def update(
     """
     run = jitted_update_step()
     rows = len(batch.row)
+    # What a slice's rows must divide by: the micro-batches, and the devices that a batch is split over.
+    slots = config.micro_batches * (1 if mesh is None else math.prod(mesh.shape.get(a, 1) for a in RULES["batch"]))
     totals: dict[str, tuple[float, float]] = {}
     skipped = 0
     for epoch in range(config.epochs):
@@ -313,10 +332,11 @@ def update(
         if config.minibatches > 1:
             np.random.default_rng((config.seed, step, epoch)).shuffle(order)
         for part in np.split(order, config.minibatches):
-            chosen = jax.tree.map(lambda x, part=part: np.asarray(x)[part], batch)
-            if not chosen.mask.any():
+            part = trained_rows(np.asarray(batch.mask)[part].any(axis=1), part, slots)
+            if not len(part):
                 skipped += 1
                 continue
+            chosen = jax.tree.map(lambda x, part=part: np.asarray(x)[part], batch)
             with use_mesh(mesh):
                 state, metrics = run(state, shard_batch(mesh, chosen), config, model_config)
             bad = np.flatnonzero(np.asarray(metrics.pop("bad_rows")))

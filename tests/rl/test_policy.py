@@ -145,6 +145,27 @@ def test_dynamic_sampling_drops_equal_groups_and_counts_them():
     jax.tree.map(np.testing.assert_array_equal, state.params, tiny.params())
 
 
+def test_rows_that_do_not_train_are_not_run_and_change_nothing():
+    """Fewer rows reach the device; loss, gradient and weights are those of all rows."""
+    trajectory, rewards = rolled()
+    rewards[:4] = 1.0
+    # A large eps makes Adam's step follow the gradient's size: without it, gradients that are zero but for rounding
+    # would step as far as the others.
+    config = tiny.grpo_config(dynamic_sampling=True, minibatches=1, optimizer=OptimizerConfig(lr=3e-2, eps=1.0))
+    batch, _ = batch_for(config, trajectory, rewards)
+    whole, metrics = gradient_step(config, batch)
+    few, scalars = grpo.update(init_state(tiny.params(), config.optimizer), batch, config, tiny.CONFIG, 1)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), whole.params, few.params)
+    for name in ("loss", "grad_norm", "tokens", "entropy"):
+        assert scalars[name] == pytest.approx(float(metrics[name][0] / metrics[name][1]), rel=1e-5, abs=1e-7)
+
+    trains = np.array([0, 1, 0, 0, 1, 0, 0, 1], bool)
+    np.testing.assert_array_equal(grpo.trained_rows(trains, np.arange(8) + 10, 1), [10, 11, 14, 17])
+    np.testing.assert_array_equal(grpo.trained_rows(trains, np.arange(8), 2), [0, 1, 4, 7])
+    assert len(grpo.trained_rows(trains, np.arange(8), 4)) == 8  # two rows do not split into four slots
+    assert len(grpo.trained_rows(trains & False, np.arange(8), 1)) == 0
+
+
 def test_kl_to_the_reference_pulls_back():
     config = tiny.grpo_config(kl_coef=5.0, kl="k2", minibatches=1)
     trajectory, _ = rolled()
