@@ -51,15 +51,15 @@ class Trace:
 def merge(calls: Sequence[np.ndarray], how: str, length: int) -> list[int]:
     """One list of different items from several results.
 
-    newest: the newest call first. halves: the better part of each call, filling the list together in the order of the
-    calls. interleave: calls in turn, newest first. fused: by summed reciprocal rank.
+    newest: the newest call first. halves: the better part of each call, in equal shares that fill the list together,
+    in the order of the calls. interleave: calls in turn, newest first. fused: by summed reciprocal rank.
     """
     if how == "newest":
         order = [item for call in reversed(calls) for item in call]
     elif how == "halves":
-        share = -(-length // len(calls))
-        order = [item for call in calls for item in call[:share]]
-        order += [item for call in calls for item in call[share:]]
+        shares = [(length + len(calls) - 1 - i) // len(calls) for i in range(len(calls))]
+        order = [item for call, share in zip(calls, shares, strict=True) for item in call[:share]]
+        order += [item for call, share in zip(calls, shares, strict=True) for item in call[share:]]
     elif how == "interleave":
         order = [item for row in zip(*reversed(calls), strict=True) for item in row]
     elif how == "fused":
@@ -83,21 +83,23 @@ def answer_text(env: RecommendEnv, items: Sequence[int]) -> str:
 
 
 def write_traces(
-    env: RecommendEnv, examples: Sequence[Example], phrases: Sequence[Sequence[str]], config: TraceConfig, seed: int
-) -> list[Trace]:
+    env: RecommendEnv, examples: Sequence[Example], phrases: Sequence[Sequence[str]], config: TraceConfig, seed: int,
+    fill: Sequence[int] = (),
+) -> list[Trace]:  # fmt: skip
     """``config.count`` traces over training examples (drawn with replacement if there are fewer).
 
     phrases: per item id the words that describe it. The recommender is called once per turn for all traces, through
-    ``env`` as the policy's own queries are, so traces and rollouts look alike. Raises ValueError for an unknown way of
-    merging, and when one call returns fewer items than the final list needs.
+    ``env`` as the policy's own queries are, so traces and rollouts look alike. fill: item ids, best first (the most
+    chosen ones), that complete a list for which the calls returned too few. Raises ValueError for an unknown way of
+    merging, and when calls and ``fill`` may be too few for the final list.
     """
     for way in config.merges:
         if way not in MERGES:
             raise ValueError(f"unknown merge {way!r}; known: {', '.join(MERGES)}")
-    if env.results < env.answers:
+    if env.results < env.answers and len(fill) < env.answers:
         raise ValueError(
-            f"env.results={env.results} is less than env.answers={env.answers}: a trace with one call could not fill "
-            "its list"
+            f"env.results={env.results} is less than env.answers={env.answers}, so a trace with one call cannot "
+            f"complete its list: pass at least {env.answers} items as fill, not {len(fill)}"
         )
     rng = np.random.Generator(np.random.PCG64(seed))
     picks = rng.choice(len(examples), config.count, replace=config.count > len(examples))
@@ -133,6 +135,7 @@ def write_traces(
     ways = rng.choice(len(config.merges), config.count)
     for i, way in enumerate(ways):
         items = merge(results[i], config.merges[way], env.answers)
+        items += [item for item in fill if item not in items][: env.answers - len(items)]
         segments[i].append(("policy", answer_text(env, items)))
     return [Trace(state.prompt, tuple(parts)) for state, parts in zip(states, segments, strict=True)]
 

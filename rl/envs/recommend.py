@@ -171,15 +171,16 @@ class RecommendEnv:
     """Batched environment over explicit states.
 
     catalogue: titles and categories. retrieve: one batched call of the recommender. results: items per call (20 in the
-    paper). answers: length of the final list (10). max_calls: 8 in the paper. Raises ValueError for sizes that the
-    catalogue cannot serve.
+    paper). answers: length of the final list (10). max_calls: 8 in the paper. first_query_only: later calls are
+    answered with the words of the first one; where a tool leaves out what it has shown, they are its next pages (a
+    control: as many items, one question). Raises ValueError for sizes that the catalogue cannot serve.
     """
 
     stop = (QUERY_CLOSE,)
 
     def __init__(
         self, catalogue: Catalogue, retrieve: Retriever, *, results: int = 20, answers: int = 10, max_calls: int = 8,
-        style: PromptStyle = PromptStyle(), stop_on_answer: bool = False,
+        style: PromptStyle = PromptStyle(), stop_on_answer: bool = False, first_query_only: bool = False,
     ):  # fmt: skip
         for name, value in (("results", results), ("answers", answers)):
             if not 1 <= value <= len(catalogue):
@@ -188,6 +189,7 @@ class RecommendEnv:
             raise ValueError(f"max_calls={max_calls} must be at least 1: without a call the protocol has no answer")
         self.catalogue, self.retrieve, self.style = catalogue, retrieve, style
         self.results, self.answers, self.max_calls = results, answers, max_calls
+        self.first_query_only = first_query_only
         self.stop = (QUERY_CLOSE, ANSWER_CLOSE) if stop_on_answer else (QUERY_CLOSE,)
         self._preamble = instructions(results, answers) if style.instructions else ""
         self._result_lines = [self._item(i, style.result_categories) for i in range(len(catalogue) + 1)]
@@ -225,7 +227,7 @@ class RecommendEnv:
         """One segment of every running conversation; the recommender is called once for all that ask."""
         observations: list[str | None] = [None] * len(states)
         status = np.full(len(states), Status.FINISHED, np.int32)
-        asking, texts = [], []
+        asking, words = [], []
         for i, (state, action) in enumerate(zip(states, actions, strict=True)):
             state.segments.append(("policy", action.text))
             query = parse_query(action.text) if action.stop == QUERY_CLOSE else None
@@ -237,11 +239,15 @@ class RecommendEnv:
                 status[i] = Status.INVALID
             elif query:
                 asking.append(i)
-                texts.append(query)
+                words.append(query)
         if asking:
             seen = [np.concatenate(states[i].retrieved or [np.zeros(0, np.int64)]) for i in asking]
+            texts = [
+                states[i].preferences[0] if self.first_query_only and states[i].preferences else own
+                for i, own in zip(asking, words, strict=True)
+            ]
             answered = self.retrieve([states[i].example for i in asking], texts, self.results, seen)
-            for i, text, items in zip(asking, texts, answered, strict=True):
+            for i, text, items in zip(asking, words, answered, strict=True):
                 if not len(items):  # nothing found is a fault of the tool, not of the policy
                     status[i] = Status.ENV_ERROR
                     continue

@@ -159,6 +159,15 @@ def test_the_tool_is_called_once_for_the_whole_batch():
     assert step.observations[0] == f"\n\n<|begin_of_item_list|>\n{body}\n<|end_of_item_list|>\n\n"
 
 
+def test_first_query_only_asks_the_same_again_and_keeps_what_the_policy_wrote():
+    e = env(first_query_only=True)
+    states, _ = e.reset([Example(0, (1, 2), 3), Example(1, (4,), 5)], 1)
+    e.step(states, [ask("a"), ask("b")])
+    e.step(states, [ask("c"), Action("bye", "eos")])
+    assert e.calls_made == [(["a", "b"], [[], []]), (["a"], [[1, 2, 3]])]
+    assert states[0].preferences == ["a", "c"]
+
+
 def test_a_policy_that_always_queries_makes_exactly_max_calls():
     e = env(max_calls=8)
     states, _ = e.reset([Example(0, (1,), 2)], 1)

@@ -65,10 +65,24 @@ def test_a_trace_is_well_formed_and_its_list_is_the_merge():
         assert listed == [f"{n}. Title {i}" for n, i in enumerate(wanted, start=1)]
 
 
+def test_short_lists_are_completed_with_the_fill():
+    """One call of five items and a list of ten: the results, then what ``fill`` has beside them."""
+    env = RecommendEnv(environment().catalogue, recommender, results=5, answers=10, max_calls=2)
+    fill = [40, 3, 39, 38, 37, 36, 35, 34, 33, 32]
+    traces = write_traces(env, EXAMPLES, PHRASES, TraceConfig(20, calls=(0.5, 0.5), merges=("halves",)), 0, fill)
+    wanted = {1: [1, 2, 3, 4, 5, 40, 39, 38, 37, 36], 2: list(range(1, 11))}
+    assert {len(queries(trace)) for trace in traces} == {1, 2}
+    for trace in traces:
+        listed = trace.segments[-1][1].split("\n")[2:-1]
+        assert listed == [f"{n}. Title {i}" for n, i in enumerate(wanted[len(queries(trace))], start=1)]
+
+
 def test_merges_by_hand():
     calls = [np.array([1, 2, 3, 4]), np.array([5, 1, 6, 7])]
     assert merge(calls, "newest", 4) == [5, 1, 6, 7]
     assert merge(calls, "halves", 4) == [1, 2, 5, 3]
+    three = [np.array([1, 2, 3, 4]), np.array([5, 6, 7, 8]), np.array([9, 10, 11, 12])]
+    assert merge(three, "halves", 10) == [1, 2, 3, 4, 5, 6, 7, 9, 10, 11]  # shares of 4, 3 and 3
     assert merge(calls, "interleave", 4) == [5, 1, 2, 6]
     assert merge(calls, "fused", 2) == [1, 5]  # 1/10 + 1/11 before 1/10
     with pytest.raises(ValueError, match="known: newest"):
