@@ -21,10 +21,13 @@ from jaxrec.tools.trm import random_words
 from models.recsys import Markov, Popularity
 
 CONTROLS = (
-    "lr_0", "blank_text", "random_words", "untrained", "one_call", "no_stage1", "no_point", "with_point", "no_rank",
+    "lr_0", "blank_text", "random_words", "untrained", "one_call", "one_query", "no_stage1", "no_point", "with_point",
+    "no_rank",
 )  # fmt: skip
+# Controls trained and played in another environment: arguments of its constructor.
+ENV_CONTROLS = {"one_call": {"max_calls": 1}, "one_query": {"first_query_only": True}}
 METRICS = ("recall@1", "recall@5", "recall@10", "ndcg@5", "ndcg@10")
-STAGE1_REWARD = "stage1_reward"  # form, invocation and diversity, of every conversation
+STAGE1_REWARD = "stage1_reward"  # form, invocation and diversity, in sampled play: what stage 1 is trained to raise
 SFT, STAGE1, STAGE2 = "DeepRec after SFT", "DeepRec after stage 1", "DeepRec after stage 2"
 HISTORY_ONLY, BEST_ALONE, ORACLE = "TRM, history only", "best recommender alone", "TRM, true words (ceiling)"
 NAMES = {
@@ -34,7 +37,8 @@ NAMES = {
 LABELS = {
     "lr_0": "stage 2, learning rate 0", "blank_text": "stage 2, query text blanked",
     "random_words": "stage 2, random query words", "untrained": "untrained, several turns",
-    "one_call": "one call, same SFT, same steps", "no_stage1": "stage 2 without stage 1", "no_point": "without r_point",
+    "one_call": "one call, same SFT, same steps", "one_query": "one query over all calls, same SFT, same steps",
+    "no_stage1": "stage 2 without stage 1", "no_point": "without r_point",
     "with_point": "with r_point", "no_rank": "without r_rank",
 }  # fmt: skip
 
@@ -86,9 +90,11 @@ class _Book:
         values = {metric: rank_values(rank, metric) for metric in METRICS}
         self.add(name, {**_row(rank, self.kinds), **more}, values)
 
-    def add_judged(self, name: str, judged: Judged, stage1: np.ndarray, **more: float) -> None:
-        row = {**judged.row(self.kinds), STAGE1_REWARD: float(stage1.mean()), **more}
-        self.add(name, row, {**{metric: judged.values(metric) for metric in METRICS}, STAGE1_REWARD: stage1})
+    def add_judged(self, name: str, judged: Judged, stage1: np.ndarray | None, **more: float) -> None:
+        row, values = {**judged.row(self.kinds), **more}, {metric: judged.values(metric) for metric in METRICS}
+        if stage1 is not None:
+            row[STAGE1_REWARD], values[STAGE1_REWARD] = float(stage1.mean()), stage1
+        self.add(name, row, values)
 
 
 def evaluate_seed(this: Any, baselines: Mapping[str, Trained], controls: Mapping[str, str]) -> SeedResult:
@@ -111,8 +117,7 @@ def evaluate_seed(this: Any, baselines: Mapping[str, Trained], controls: Mapping
         "random_words": {"edit_text": random_words(task.vocabulary, this.seed)},
     }
     for name, checkpoint in controls.items():
-        calls = 1 if name == "one_call" else 0
-        env = this.env(stop_on_answer=True, max_calls=calls, **tools.get(name, {}))
+        env = this.env(stop_on_answer=True, **ENV_CONTROLS.get(name, {}), **tools.get(name, {}))
         _play(this, book, LABELS[name], checkpoint, env, options, examples)
     protocol = {
         "task": task.name, "split": task.split.protocol, "part": "test", "ranking": "full",
@@ -127,17 +132,24 @@ def _play(this, book: _Book, name: str, checkpoint: str, env, options, examples,
         return
     model = this.model(checkpoint)
     print(f"evaluate: {name}", flush=True)
+    size = min(this.config.evaluate.batch_size, len(examples))
     judged = play(
-        model.params, model.config, model.tokenizer, env, examples, options,
-        batch_size=min(this.config.evaluate.batch_size, len(examples)), seed=this.seed,
+        model.params, model.config, model.tokenizer, env, examples, options, batch_size=size, seed=this.seed
     )  # fmt: skip
+    stage1 = None
+    if name in (SFT, STAGE1):
+        sampled = play(
+            model.params, model.config, model.tokenizer, this.env(), examples, this.rollout_config(), batch_size=size,
+            seed=this.seed,
+        )  # fmt: skip
+        stage1 = this.reward(sampled.states, "cold")["total"]
     count = this.config.evaluate.trajectories
     if checkpoint in ("cold_start", "cold_rl", "rec_rl") and name in (SFT, STAGE1, STAGE2) and count:
         found = np.flatnonzero(judged.values("recall@10") > 0)[: count // 2]
         others = np.setdiff1d(np.arange(len(examples)), found)[: count - len(found)]
         records = readable(judged, [*found, *others], this.task.catalogue, checkpoint, 0)
         _replace_records(this.folder / "trajectories.jsonl", checkpoint, records)
-    book.add_judged(name, judged, this.reward(judged.states, "cold")["total"], **more)
+    book.add_judged(name, judged, stage1, **more)
 
 
 def _replace_records(path: Path, stage: str, records: list[dict]) -> None:
@@ -205,9 +217,11 @@ QUESTIONS = (
     ("RL over its SFT start", "recall@10", STAGE2, SFT),
     ("stage 1 raises its reward", STAGE1_REWARD, STAGE1, SFT),
     ("stage 1 over its SFT start", "recall@10", STAGE1, SFT),
+    ("stage 2 over stage 1", "recall@10", STAGE2, STAGE1),
     ("over the TRM with history only", "recall@10", STAGE2, HISTORY_ONLY),
     ("over the best validated recommender alone", "recall@10", STAGE2, BEST_ALONE),
     ("several calls over one", "recall@10", STAGE2, LABELS["one_call"]),
+    ("several queries over one", "recall@10", STAGE2, LABELS["one_query"]),
     ("true words over blanked ones", "recall@10", STAGE2, LABELS["blank_text"]),
     ("own words over random ones", "recall@10", STAGE2, LABELS["random_words"]),
     ("stage 1 then 2 over 2 alone", "recall@10", STAGE2, LABELS["no_stage1"]),

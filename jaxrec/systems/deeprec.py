@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,9 @@ class Run:
     def server(self):
         return self.trm.server
 
-    def env(self, *, stop_on_answer: bool = False, max_calls: int = 0, **control: Any) -> RecommendEnv:
+    def env(
+        self, *, stop_on_answer: bool = False, max_calls: int = 0, first_query_only: bool = False, **control: Any
+    ) -> RecommendEnv:
         """The environment around the trained recommender; ``control`` changes its tool."""
         e = self.config.env
         tool = RecommenderTool(
@@ -96,7 +98,7 @@ class Run:
         style = PromptStyle(e.instructions, e.history_categories, e.result_categories, e.history)
         return RecommendEnv(
             self.task.catalogue, tool, results=e.results, answers=e.answers, max_calls=max_calls or e.max_calls,
-            style=style, stop_on_answer=stop_on_answer,
+            style=style, stop_on_answer=stop_on_answer, first_query_only=first_query_only,
         )  # fmt: skip
 
     @functools.cached_property
@@ -121,6 +123,11 @@ def check(config: Any) -> None:
         for value in config[group][name]:
             if value not in known:
                 raise UsageError(f"{field}: no {value!r}{nearest(value, known)}; known: {', '.join(known)}")
+    if "one_call" in config.evaluate.controls and config.env.results < config.env.answers:
+        raise UsageError(
+            f"evaluate.controls: 'one_call' cannot fill a list of env.answers={config.env.answers} from one call of "
+            f"env.results={config.env.results}; take 'one_query', where later calls are further pages of the first"
+        )
     for name, same in (("no_point", 0.0), ("with_point", 1.0)):
         if name in config.evaluate.controls and config.reward.point == same:
             raise UsageError(f"evaluate.controls: {name!r} is the run itself when reward.point={same}; leave it out")
@@ -275,14 +282,22 @@ def cold_start(this: Run) -> None:
     if c.steps:
         examples = this.task.examples("train")
         options = TraceConfig(c.traces, c.calls, c.words, hindsight=c.hindsight, recent=c.recent, merges=c.merges)
-        traces = write_traces(this.env(), examples, this.task.phrases, options, this.seed)
+        _users, items, _previous = this.task.split.train_events()
+        popular = np.argsort(-np.bincount(items, minlength=len(this.task.catalogue) + 1)[1:], kind="stable") + 1
+        traces = write_traces(
+            this.env(), examples, this.task.phrases, options, this.seed, popular[: this.config.env.answers].tolist()
+        )
         arrays, dropped = encode_traces(
             traces, model.tokenizer, model.config.eos_ids[0], this.config.rollout.max_total
         )  # fmt: skip
         if dropped:
             print(f"cold_start: {dropped} of {len(traces)} traces are longer than rollout.max_total and are left out")
         optimizer = OptimizerConfig(
-            lr=c.lr, schedule="cosine", warmup_steps=max(1, c.steps // 20), horizon_steps=c.steps + 1, b2=c.b2,
+            lr=c.lr,
+            schedule="cosine",
+            warmup_steps=max(1, c.steps // 20),
+            horizon_steps=c.steps + 1,
+            b2=c.b2,
             muon_lr=c.muon_lr,
         )
         state = init_state(model.params, optimizer, this.seed)
@@ -334,20 +349,22 @@ def policy_config(
 ) -> GRPOConfig:
     """The update of a stage ("cold" or "rec"). Raises ValueError for sizes that do not fit together."""
     r, longest = config.rl, config.rollout.max_total
+    optimizer = OptimizerConfig(lr=r.lr * lr_scale, warmup_steps=r.warmup, b2=r.b2)
     return GRPOConfig(
-        optimizer=OptimizerConfig(lr=r.lr * lr_scale), prompts_per_step=r.prompts_per_step, group_size=r.group_size,
+        optimizer=optimizer, prompts_per_step=r.prompts_per_step, group_size=r.group_size,
         minibatches=r.minibatches, micro_batches=r.micro_batches, advantage=r.advantage, adv_scale=r.adv_scale,
         clip_low=r.clip_low, clip_high=r.clip_high, kl_coef=r.kl_coef, max_total=longest, save_every=r.save_every,
         logprob_chunk=r.logprob_chunk, reward_weights=tuple((k, v) for k, v in weights if k in REWARD_PARTS[stage]),
-        seed=seed, length_buckets=(longest,), log_entropy=False,
+        seed=seed, length_buckets=(longest,), log_entropy=False, dynamic_sampling=r.dynamic_sampling,
     )  # fmt: skip
 
 
 def reinforce(
-    this: Run, name: str, stage: str, start: str, steps: int, *, lr_scale: float = 1.0, max_calls: int = 0,
-    weights: tuple[tuple[str, float], ...] = (),
+    this: Run, name: str, stage: str, start: str, steps: int, *, lr_scale: float = 1.0,
+    changes: Mapping[str, Any] | None = None, weights: tuple[tuple[str, float], ...] = (),
 ) -> None:  # fmt: skip
-    """Train the model of ``start`` with the rewards of ``stage`` ("cold" or "rec") into ``checkpoints/<name>``."""
+    """Train the model of ``start`` with the rewards of ``stage`` ("cold" or "rec") into ``checkpoints/<name>``.
+    changes: arguments of ``Run.env``."""
     target = this.checkpoint(name) / "model"
     if target.exists():
         return
@@ -358,7 +375,7 @@ def reinforce(
     rows = rows[:front] if stage == "cold" else rows[front:]
     examples = this.task.examples("train")
     feed = batches({"index": rows}, min(r.prompts_per_step, len(rows)), this.seed)
-    env, options = this.env(max_calls=max_calls), this.rollout_config()
+    env, options = this.env(**(changes or {})), this.rollout_config()
     settings = policy_config(this.config, this.seed, stage, lr_scale, weights)
 
     def play(params: Any, batch: dict[str, np.ndarray], key: jax.Array):
@@ -415,8 +432,8 @@ def control(this: Run, name: str) -> str:
     )
     if name == "lr_0":
         stage2(start="cold_start", steps=2, lr_scale=0.0)
-    elif name == "one_call":
-        stage2(start="cold_start", steps=c1.steps + c2.steps, max_calls=1)
+    elif name in judging.ENV_CONTROLS:
+        stage2(start="cold_start", steps=c1.steps + c2.steps, changes=judging.ENV_CONTROLS[name])
     elif name == "no_stage1":
         stage2(start="cold_start")
     elif name in ("no_point", "no_rank"):

@@ -113,11 +113,13 @@ def test_learning_rate_0_leaves_the_lists_of_sft(finished):
     folder, result = finished
     assert_same_weights(weights(folder, "control_lr_0"), weights(folder, "cold_start"))
     rows = figures(result)
+    rows[judging.SFT].pop(judging.STAGE1_REWARD)  # measured before and after stage 1 only
     assert rows[judging.LABELS["lr_0"]] == rows[judging.SFT]
     kept = {
         name: json.loads(judging._Book(folder / "checkpoints" / "evaluate", None)._path(name).read_text())["values"]
         for name in (judging.SFT, judging.LABELS["lr_0"])
     }
+    kept[judging.SFT].pop(judging.STAGE1_REWARD)
     assert kept[judging.SFT] == kept[judging.LABELS["lr_0"]]
     (against,) = [c for c in result["comparisons"] if c["name"].startswith("learning rate 0")]
     assert (against["difference"], against["low"], against["high"]) == (0.0, 0.0, 0.0)
@@ -137,6 +139,12 @@ def test_a_stage_moves_the_weights_exactly_when_it_has_a_gradient(finished):
 def test_one_call_control_calls_once(finished):
     _, result = finished
     assert figures(result)[judging.LABELS["one_call"]]["turns"] <= 1.0
+
+
+def test_the_reward_of_stage_1_is_measured_in_sampled_play(finished):
+    _, result = finished
+    measured = {row["name"] for row in result["rows"] if judging.STAGE1_REWARD in row}
+    assert measured == {judging.SFT, judging.STAGE1}
 
 
 def test_metrics_and_trajectories_are_well_formed(finished):

@@ -16,6 +16,7 @@ from jaxrec.systems import deeprec
     ("overrides", "message"),
     [
         (["evaluate.controls=('no_point',)"], r"'no_point' is the run itself when reward\.point=0"),
+        (["env.results=5", "evaluate.controls=('one_call',)"], r"'one_call' cannot fill a list of env\.answers=10"),
         (["baselines.form=windows"], r"baselines\.form='windows' must be one of prefix, all"),
         (["baselines.stride=99"], r"baselines\.stride=99 must lie between 0 and data\.max_history=12"),
         (["evaluate.controls=('lr0',)"], r"evaluate\.controls: no 'lr0' \(did you mean lr_0\?\); known: lr_0, blank"),
