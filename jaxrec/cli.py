@@ -399,3 +399,7 @@ The same as `jaxrec run --config=deeprec:demo`. It ends with a table and report.
         "  WORKDIR                   the folder of a run",
     ),
 }
+
+
+if __name__ == "__main__":  # python -m jaxrec.cli
+    sys.exit(main())
