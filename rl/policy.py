@@ -323,6 +323,8 @@ def update(
     """
     run = jitted_update_step()
     rows = len(batch.row)
+    # What the program does not depend on is no part of its key: stages that differ in rewards share one compilation.
+    static = dataclasses.replace(config, reward_weights=(), seed=0, save_every=0)
     # What a slice's rows must divide by: the micro-batches, and the devices that a batch is split over.
     slots = config.micro_batches * (1 if mesh is None else math.prod(mesh.shape.get(a, 1) for a in RULES["batch"]))
     totals: dict[str, tuple[float, float]] = {}
@@ -338,7 +340,7 @@ def update(
                 continue
             chosen = jax.tree.map(lambda x, part=part: np.asarray(x)[part], batch)
             with use_mesh(mesh):
-                state, metrics = run(state, shard_batch(mesh, chosen), config, model_config)
+                state, metrics = run(state, shard_batch(mesh, chosen), static, model_config)
             bad = np.flatnonzero(np.asarray(metrics.pop("bad_rows")))
             if bad.size:
                 names = ", ".join(str(chosen.row[i]) for i in bad[:8])

@@ -25,7 +25,7 @@ from rl.metrics import read_metrics
 SMALL = (
     "trm.epochs=3", "trm.layers=1", "trm.experts=2", "cold_start.traces=256", "cold_start.steps=100",
     "cold_start.batch_size=32", "cold_start.lr=0.01", "cold_rl.steps=1", "rec_rl.steps=3",
-    "data.test_users=32",
+    "data.test_users=32", "rl.warmup=0",
 )  # fmt: skip
 
 
