@@ -127,8 +127,8 @@ def _base() -> ConfigDict:
     c.rl.clip_low = 0.2
     c.rl.clip_high = 0.28
     c.rl.kl_coef = 0.0
-    c.rl.dynamic_sampling = True  # groups whose rewards are all equal take no part and cost no time (released: False)
-    c.rl.lr = 1.5e-4  # 3e-4 learns less, 8e-4 undoes what the supervised start has learned
+    c.rl.dynamic_sampling = True  # groups whose rewards are all equal take no part in an update (released: False)
+    c.rl.lr = 1.5e-4  # 3e-4 learns less, 8e-4 ends below its supervised start
     # Updates of linear rise. Adam's first steps are all of full size, whatever the gradient says: without it a stage
     # begins by losing a good part of what the model could do.
     c.rl.warmup = 6

@@ -33,8 +33,7 @@ FINISH_LENGTH, FINISH_EOS, FINISH_STOP = 0, 1, 2  # FINISH_STOP + j means stop s
 class Session:
     """keys, values: one [B, K, S, H] array per layer; lens: int32 [B]; logits: float32 [B, V] for the next token.
 
-    Heads stand before time: the other way round, XLA on CPU moves the whole cache at every step, at three to ten times
-    the cost of reading it.
+    Heads stand before time: the other way round, attention over the cache takes two to nine times as long on CPU.
     """
 
     keys: tuple[jax.Array, ...]

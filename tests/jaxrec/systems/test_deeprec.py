@@ -141,7 +141,7 @@ def test_one_call_control_calls_once(finished):
     assert figures(result)[judging.LABELS["one_call"]]["turns"] <= 1.0
 
 
-def test_the_reward_of_stage_1_is_measured_in_sampled_play(finished):
+def test_the_reward_of_stage_1_is_measured_before_and_after_it(finished):
     _, result = finished
     measured = {row["name"] for row in result["rows"] if judging.STAGE1_REWARD in row}
     assert measured == {judging.SFT, judging.STAGE1}
