@@ -57,6 +57,7 @@ def _base() -> ConfigDict:
     c.trm.ffn_dim = 128
     c.trm.dropout = 0.3
     c.trm.experts = 4
+    c.trm.max_history = 0  # items of history it reads; 0 is data.max_history
     c.trm.lr = 2e-3
     c.trm.batch_size = 512
     c.trm.epochs = 22  # the first eight learn next to nothing, so patience must be longer than that
@@ -195,7 +196,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
             {"form": "all", "stride": 37, "dropout": (0.2,), "lr": 3e-3, "batch_size": 128, "epochs": 20,
              "patience": 6}
         )  # fmt: skip
-        c.trm.update({"dropout": 0.2, "holdout": 4, "epochs": 16})
+        c.trm.update({"dropout": 0.2, "holdout": 4, "epochs": 16, "max_history": 20})
         c.rollout.update({"max_prompt": 64, "max_total": 128})
     if variant == "ml100k":
         c.seeds = (0, 1, 2)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.config import Config
+from models.linear import product
 from models.params import Params
 from models.sharding import constrain
 from models.taps import BLOCK_SITES, Edit, Taps, check_sites
@@ -69,21 +70,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, taps: T
     return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _apart(x: jax.Array) -> jax.Array:
-    """On CPU, keep neighbours of a matrix product, and in the backward pass their gradients, out of its fusions.
-
-    The product of a weight's gradient wants its operands transposed; XLA then computes what comes before it (the
-    activation, a norm, rotary positions) again, element by element, across the rows. Other backends do better alone.
-    """
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
-
-
-def _product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., D] times w [D, E] as one matrix product over all rows; with batch and time apart its gradient is slow."""
-    y = _apart(_apart(x.reshape(-1, x.shape[-1])) @ w.astype(x.dtype))
-    return y.reshape(*x.shape[:-1], w.shape[-1])
-
-
 def _qkv(x: jax.Array, layer: Params, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
     N, K, H = config.heads, config.kv_heads, config.head_dim
     if "wqkv" in layer:  # one matrix [(N + 2K) H, D]: the sampler's layout, see models.sample.decode_weights
@@ -95,7 +81,7 @@ def _qkv(x: jax.Array, layer: Params, config: Config) -> tuple[jax.Array, jax.Ar
     out = []
     for name in "qkv":
         w = layer["w" + name]
-        y = _product(x, w.reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:])
+        y = product(x, w.reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:])
         if "b" + name in layer:
             y = y + layer["b" + name].astype(x.dtype)
         out.append(y)
@@ -106,13 +92,13 @@ def _mlp(x: jax.Array, layer: Params, taps: Taps) -> jax.Array:
     if "w_gate_up" in layer:
         gate, up = jnp.split(jnp.einsum("btd,fd->btf", x, layer["w_gate_up"].astype(x.dtype)), 2, axis=-1)
     else:
-        gate = _product(x, layer["w_gate"])
-        up = _product(x, layer["w_up"])
+        gate = product(x, layer["w_gate"])
+        up = product(x, layer["w_up"])
     act = taps("mlp.act", jax.nn.silu(taps("mlp.gate", gate)) * up)
     act = constrain(act, "batch", "time", "ffn")
     if "w_down_out" in layer:
         return jnp.einsum("btf,df->btd", act, layer["w_down_out"].astype(x.dtype))
-    return _product(act, layer["w_down"])
+    return product(act, layer["w_down"])
 
 
 def block(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, taps: Taps) -> jax.Array:
@@ -128,7 +114,7 @@ def block(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, tap
         if "wo_out" in layer:
             out = jnp.einsum("bte,de->btd", heads.reshape(*x.shape[:2], -1), layer["wo_out"].astype(x.dtype))
         else:
-            out = _product(heads.reshape(*x.shape[:2], -1), layer["wo"].reshape(-1, config.dim))
+            out = product(heads.reshape(*x.shape[:2], -1), layer["wo"].reshape(-1, config.dim))
         out = taps("attn.out", out)
         x = taps("resid.mid", constrain(x + out, "batch", "time", "model"))
     with jax.named_scope("mlp"):

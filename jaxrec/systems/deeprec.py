@@ -237,7 +237,7 @@ def train_trm(this: Run) -> Trained:
     return train_recommender(
         "trm", this.task,
         {"dim": c.dim, "layers": c.layers, "heads": c.heads, "ffn_dim": c.ffn_dim, "dropout": c.dropout,
-         "experts": c.experts},
+         "experts": c.experts, "max_len": c.max_history or this.task.max_len},
         _recommender_config(c, this.seed), this.checkpoint("trm"),
         texts={"history_only": c.history_only, "no_text": c.no_text, "max_phrases": c.max_phrases},
         exclude_history=this.config.env.exclude_history, holdout=c.holdout, save_every=_save_every(c.epochs),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.linear import apart, product
 from models.recsys.functional import MASKED, dropout, layer_norm
 
 
@@ -58,10 +59,13 @@ class PostNormBlock(nnx.Module):
 
     def probs(self, query: jax.Array, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Attention weights [B, heads, T, S] of queries [B, T, d] over x [B, S, d]."""
-        head = x.shape[-1] // self.heads
-        q = (query @ self.wq[...] + self.bq[...]).reshape(*query.shape[:2], self.heads, head)
-        k = (x @ self.wk[...] + self.bk[...]).reshape(*x.shape[:2], self.heads, head)
-        return jax.nn.softmax(jnp.einsum("btnh,bsnh->bnts", q, k) / jnp.sqrt(1.0 * head) + mask, axis=-1)
+        q = self._split(product(query, self.wq[...]) + self.bq[...])
+        k = self._split(product(x, self.wk[...]) + self.bk[...])
+        return jax.nn.softmax(jnp.einsum("bnth,bnsh->bnts", q, k) / jnp.sqrt(1.0 * q.shape[-1]) + mask, axis=-1)
+
+    def _split(self, x: jax.Array) -> jax.Array:
+        """[B, T, d] -> [B, heads, T, d / heads], as batched matrix products want it."""
+        return apart(x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2))
 
     def __call__(
         self,
@@ -81,10 +85,10 @@ class PostNormBlock(nnx.Module):
         attention_key, out_key, ffn_key = split_keys(key, 3)
         query = x if query is None else query
         weights = dropout(self.probs(query, x, mask), attention_rate, attention_key)
-        v = (x @ self.wv[...] + self.bv[...]).reshape(*x.shape[:2], self.heads, -1)
-        mixed = jnp.einsum("bnts,bsnh->btnh", weights, v).reshape(query.shape)
-        mixed = dropout(mixed @ self.wo[...] + self.bo[...], rate, out_key)
+        v = self._split(product(x, self.wv[...]) + self.bv[...])
+        mixed = apart(jnp.einsum("bnts,bnsh->bnth", weights, v)).swapaxes(1, 2).reshape(query.shape)
+        mixed = dropout(product(mixed, self.wo[...]) + self.bo[...], rate, out_key)
         a = layer_norm(query + mixed, self.attn_scale[...], self.attn_bias[...], self.eps)
-        inner = jax.nn.gelu(a @ self.w1[...] + self.b1[...], approximate=False)
-        inner = dropout(inner @ self.w2[...] + self.b2[...], rate, ffn_key)
+        inner = jax.nn.gelu(product(a, self.w1[...]) + self.b1[...], approximate=False)
+        inner = dropout(product(inner, self.w2[...]) + self.b2[...], rate, ffn_key)
         return layer_norm(a + inner, self.ffn_scale[...], self.ffn_bias[...], self.eps)
