@@ -36,7 +36,7 @@ from jaxrec.tools.traces import TraceConfig, encode_traces, write_traces
 from jaxrec.tools.trm import RecommenderTool
 from models.sharding import make_mesh, use_mesh
 from rl.checkpoint import Checkpointer
-from rl.envs.recommend import Example, PromptStyle, RecommendEnv
+from rl.envs.recommend import OPEN_QUERY, Example, PromptStyle, RecommendEnv
 from rl.finetune import SFTConfig, sft
 from rl.metrics import MetricsWriter
 from rl.optimizer import OptimizerConfig, init_state
@@ -277,11 +277,14 @@ def cold_start(this: Run) -> None:
     else:
         numbers = max(this.config.env.results, this.config.env.answers, this.config.env.history)
         sizes = {name: m[name] for name in ("dim", "layers", "heads", "head_dim", "ffn_dim", "dtype")}
-        model = scratch_model(this.task, sizes, numbers, this.config.rollout.max_total, this.seed)
+        more = (OPEN_QUERY,) if c.open else ()
+        model = scratch_model(this.task, sizes, numbers, this.config.rollout.max_total, this.seed, more)
     models.save(model, this.checkpoint("untrained") / "model")
     if c.steps:
         examples = this.task.examples("train")
-        options = TraceConfig(c.traces, c.calls, c.words, hindsight=c.hindsight, recent=c.recent, merges=c.merges)
+        options = TraceConfig(
+            c.traces, c.calls, c.words, hindsight=c.hindsight, recent=c.recent, open=c.open, merges=c.merges
+        )
         _users, items, _previous = this.task.split.train_events()
         popular = np.argsort(-np.bincount(items, minlength=len(this.task.catalogue) + 1)[1:], kind="stable") + 1
         traces = write_traces(

@@ -14,6 +14,7 @@ import numpy as np
 from rl.envs.recommend import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
+    OPEN_QUERY,
     QUERY_CLOSE,
     QUERY_OPEN,
     THINK_CLOSE,
@@ -29,14 +30,16 @@ class TraceConfig:
     """count: traces. calls: probability of 1, 2, ... calls. words: probability of 1, 2, ... words in a query, in the
     catalogue's order; a later call takes words that the earlier ones left. hindsight: share of queries with words of
     the item that followed; the others describe one of the ``recent`` last history items, another one at each call.
-    merges: ways to make the final list, drawn from for each trace; one way is learned soonest, several leave more to
-    explore. All ours: the paper needs no cold start, since its model is pretrained."""
+    open: share of queries that name nothing (``OPEN_QUERY``) and leave the choice to the recommender, so that a policy
+    can find out where words help. merges: ways to make the final list, drawn from for each trace; one way is learned
+    soonest, several leave more to explore. All ours: the paper needs no cold start, since its model is pretrained."""
 
     count: int = 6000
     calls: tuple[float, ...] = (0.25, 0.5, 0.25)
     words: tuple[float, ...] = (0.2, 0.5, 0.3)
     hindsight: float = 0.5
     recent: int = 3
+    open: float = 0.0
     merges: tuple[str, ...] = ("newest",)
 
 
@@ -109,12 +112,14 @@ def write_traces(
     sizes = 1 + rng.choice(len(config.words), (config.count, calls.max()), p=np.array(config.words) / sum(config.words))
     hindsight = rng.random((config.count, calls.max())) < config.hindsight
     shift = rng.integers(0, config.recent, config.count)
+    # Drawn only when asked for, so that other traces stay as they are.
+    open_query = rng.random(hindsight.shape) < config.open if config.open else np.zeros(hindsight.shape, bool)
 
     def query(example: Example, n: int, knows: bool, turn: int, shift: int, said: set[str]) -> list[str]:
         recent = example.history[-config.recent :]
         words = phrases[example.target if knows else recent[(turn + shift) % len(recent)]]
         stock = [word for word in words if word not in said] or words  # a later call asks for something else
-        return [stock[i] for i in np.sort(rng.permutation(len(stock))[:n])] or ["anything"]
+        return [stock[i] for i in np.sort(rng.permutation(len(stock))[:n])] or [OPEN_QUERY]
 
     states, _ = env.reset(chosen, 1)
     segments: list[list[tuple[str, str]]] = [[] for _ in chosen]
@@ -122,7 +127,12 @@ def write_traces(
     asked: list[set[str]] = [set() for _ in chosen]
     for turn in range(calls.max()):
         rows = np.flatnonzero(calls > turn)
-        words = [query(chosen[i], sizes[i, turn], hindsight[i, turn], turn, shift[i], asked[i]) for i in rows]
+        words = [
+            [OPEN_QUERY]
+            if open_query[i, turn]
+            else query(chosen[i], sizes[i, turn], hindsight[i, turn], turn, shift[i], asked[i])
+            for i in rows
+        ]
         for i, said in zip(rows, words, strict=True):
             asked[i].update(said)
         texts = ["; ".join(w) for w in words]

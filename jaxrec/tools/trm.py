@@ -6,14 +6,15 @@ import numpy as np
 
 from models.generation import pad_rows
 from models.recsys import Recommender
-from rl.envs.recommend import Example
+from rl.envs.recommend import OPEN_QUERY, Example
 
 
 class RecommenderTool:
     """Callable ``(examples, texts, k, seen) -> ids int32 [n, k]`` over a preference-aware recommender.
 
     encode: texts -> unit vectors [n, D]. exclude_history and exclude_seen leave out what the user already chose and
-    what earlier calls returned (the released tool does neither). edit_text replaces each query before it is encoded,
+    what earlier calls returned (the released tool does neither). A query that is ``OPEN_QUERY`` gets the zero vector,
+    a recommendation from the history alone. edit_text replaces each query before it is encoded,
     and blank drops it: controls that show whether the words matter.
     """
 
@@ -40,6 +41,8 @@ class RecommenderTool:
         if self.edit_text is not None:
             texts = [self.edit_text(text) for text in texts]
         vectors = None if self.blank else np.asarray(self.encode(texts))
+        if vectors is not None:
+            vectors = np.where(np.array([text == OPEN_QUERY for text in texts])[:, None], 0.0, vectors)
         shown = None
         if self.exclude_seen:
             shown, _ = pad_rows(seen)

@@ -17,6 +17,7 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 QUERY_OPEN, QUERY_CLOSE = "<|begin_of_preference|>", "<|end_of_preference|>"
 ITEMS_OPEN, ITEMS_CLOSE = "<|begin_of_item_list|>", "<|end_of_item_list|>"
 ANSWER_OPEN, ANSWER_CLOSE = "<recommendation_list>", "</recommendation_list>"
+OPEN_QUERY = "anything"  # a query that names nothing: the recommender goes by the history alone (ours)
 TAGS = (THINK_OPEN, THINK_CLOSE, QUERY_OPEN, QUERY_CLOSE, ITEMS_OPEN, ITEMS_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 
 # (examples, preference texts, k, items shown in earlier calls per example) -> item ids int [n, k]: one call for the

@@ -1,10 +1,12 @@
 """Cold-start traces: what the queries may know, how lists are merged, and what is trained on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from jaxrec.tools.traces import TraceConfig, encode_traces, merge, write_traces
-from rl.envs.recommend import ITEMS_OPEN, Catalogue, Example, PromptStyle, RecommendEnv, parse_query
+from rl.envs.recommend import ITEMS_OPEN, OPEN_QUERY, Catalogue, Example, PromptStyle, RecommendEnv, parse_query
 from rl.rewards import broken_rules
 
 ITEMS = 40
@@ -51,6 +53,17 @@ def test_later_calls_take_words_that_are_left():
     for trace in write_traces(environment(), EXAMPLES, PHRASES, config, 0):
         first, second = queries(trace)
         assert not set(first) & set(second)
+
+
+def test_open_queries_name_nothing_and():
+    config = TraceConfig(400, calls=(0, 1), hindsight=1.0)
+    some = write_traces(environment(), EXAMPLES, PHRASES, dataclasses.replace(config, open=0.3), 0)
+    said = [words for trace in some for words in queries(trace)]
+    share = sum(words == [OPEN_QUERY] for words in said) / len(said)
+    assert 0.25 < share < 0.35
+    assert all(words == [OPEN_QUERY] or OPEN_QUERY not in words for words in said)
+    every = write_traces(environment(), EXAMPLES, PHRASES, dataclasses.replace(config, open=1.0), 0)
+    assert all(queries(trace) == [[OPEN_QUERY]] * 2 for trace in every)
 
 
 def test_a_trace_is_well_formed_and_its_list_is_the_merge():

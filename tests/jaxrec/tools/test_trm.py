@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxrec.tools.trm import RecommenderTool, random_words
 from models.recsys import TRM, Recommender, TRMConfig, UnknownItemError, get_params, set_params
-from rl.envs.recommend import Example
+from rl.envs.recommend import OPEN_QUERY, Example
 
 N, D = 20, 6
 
@@ -77,6 +77,13 @@ def test_blank_text_ignores_the_words(server):
     own = RecommenderTool(server, encoder)
     lists = [own(EXAMPLES, [w, w], 5, NOTHING)[0].tolist() for w in "abcdefgh"]
     assert len({tuple(x) for x in lists}) > 1  # and otherwise they matter
+
+
+def test_an_open_query_is_answered_from_the_history_alone(server):
+    tool, blank = RecommenderTool(server, Encoder()), RecommenderTool(server, Encoder(), blank=True)
+    found, alone = tool(EXAMPLES, [OPEN_QUERY, "b"], N, NOTHING), blank(EXAMPLES, ["", ""], N, NOTHING)
+    np.testing.assert_array_equal(found[0], alone[0])
+    assert found[1].tolist() != alone[1].tolist()
 
 
 def test_random_words_keep_the_number_of_phrases_and_repeat_by_seed(server):
