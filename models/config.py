@@ -5,7 +5,45 @@ One dataclass covers the families; a family is a set of switches and a name tabl
 
 import dataclasses
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+# What a family fixes: its transformers class leaves no choice about these switches.
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "gemma2": {"norm_offset": True, "post_norms": True, "scale_embed": True, "activation": "gelu_tanh"},
+    "gemma3_text": {
+        "norm_offset": True, "post_norms": True, "scale_embed": True, "activation": "gelu_tanh", "qk_norm": True,
+    },
+}  # fmt: skip
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies stretched beyond the trained context.
+
+    kind "linear": all divided by ``factor``. "llama3": long wavelengths divided by ``factor``, short ones kept, a
+    ramp between ``low_freq`` and ``high_freq`` turns per ``original_len`` (Llama 3.1). "yarn" (arXiv 2309.00071): the
+    ramp runs between ``beta_slow`` and ``beta_fast`` turns, and scores are multiplied by ``attention_factor`` squared
+    (None: 0.1 ln(factor) + 1); ``truncate`` rounds the ramp's ends to whole dimensions.
+    """
+
+    kind: str
+    factor: float
+    original_len: int = 0
+    low_freq: float = 1.0
+    high_freq: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "llama3", "yarn"):
+            raise ValueError(f"rope scaling must be linear, llama3 or yarn, not {self.kind!r}")
+        if self.factor < 1 or (self.kind != "linear" and self.original_len < 1):
+            raise ValueError(f"rope scaling {self.kind!r} needs factor >= 1 and original_len >= 1, got {self}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +64,21 @@ class Config:
     ffn_dim: int
     family: str = "qwen3"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    local_rope_theta: float | None = None  # of the layers that slide, unscaled; None: as all others
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = True
-    sliding_window: int | None = None
+    sliding_window: int | None = None  # keys a query sees, itself included
+    sliding_layers: tuple[bool, ...] = ()  # which layers have the window; empty: all of them
+    activation: str = "silu"  # of the gate: "silu" or "gelu_tanh"
+    norm_offset: bool = False  # norms multiply by 1 + scale (Gemma)
+    post_norms: bool = False  # a norm behind attention and one behind the MLP too (Gemma)
+    scale_embed: bool = False  # embeddings times sqrt(D) (Gemma)
+    attn_scale: float | None = None  # scores are multiplied by it; None: 1 / sqrt(H)
+    attn_softcap: float | None = None  # scores become cap * tanh(score / cap) (Gemma 2)
+    final_softcap: float | None = None  # logits likewise
     max_len: int = 4096
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
@@ -42,6 +90,13 @@ class Config:
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ValueError(f"unknown family {self.family!r}; known: {', '.join(FAMILIES)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+        if self.sliding_layers and (len(self.sliding_layers) != self.layers or self.sliding_window is None):
+            raise ValueError(
+                f"sliding_layers says for each of the {self.layers} layers whether sliding_window applies; got "
+                f"{len(self.sliding_layers)} values and a window of {self.sliding_window}"
+            )
         if self.heads % self.kv_heads:
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.head_dim % 2:
@@ -56,10 +111,16 @@ class Config:
         """A copy with some fields changed; the result is validated again."""
         return dataclasses.replace(self, **changes)
 
+    @property
+    def slides(self) -> tuple[bool, ...]:
+        """Per layer, whether it has the sliding window."""
+        return self.sliding_layers or (self.sliding_window is not None,) * self.layers
+
     def num_params(self) -> int:
         """Number of weights, tied embeddings counted once."""
         d, n, k, h, f = self.dim, self.heads, self.kv_heads, self.head_dim, self.ffn_dim
         block = d * h * (n + 2 * k) + n * h * d + 3 * d * f + 2 * d
         block += h * (n + 2 * k) if self.qkv_bias else 0
         block += 2 * h if self.qk_norm else 0
+        block += 2 * d if self.post_norms else 0
         return self.layers * block + self.vocab_size * d * (1 if self.tie_embeddings else 2) + d

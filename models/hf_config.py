@@ -1,4 +1,4 @@
-"""config.json of Llama, Qwen2 and Qwen3 <-> :class:`models.config.Config`.
+"""config.json of the supported families <-> :class:`models.config.Config`.
 
 What the decoder cannot do is an error that names it, never a silent difference in the numbers.
 """
@@ -6,9 +6,16 @@ What the decoder cannot do is an error that names it, never a silent difference 
 from pathlib import Path
 from typing import Any
 
-from models.config import Config
+from models.config import FAMILIES, Config, RopeScaling
 
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+}  # fmt: skip
+# Names of activations in config.json, by ours.
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
+# What the class of a family assumes where the file does not say.
+_HEAD_DIM = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
 # Our field -> config.json field, where the value is the same.
 _SAME = {
     "vocab_size": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
@@ -27,41 +34,98 @@ def _ids(value: Any) -> tuple[int, ...]:
     return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def _rope_theta(fields: dict[str, Any], source: str | Path) -> float:
-    """transformers 5 writes ``rope_parameters``; older files ``rope_theta`` and ``rope_scaling``."""
-    theta = fields.get("rope_theta", 10_000.0)
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = fields.get(name) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if any(isinstance(value, dict) for value in rope.values()):
-            raise _refuse(source, f"{name} by layer type ({', '.join(rope)})")
-        if kind != "default":
-            raise _refuse(source, f"{name}.rope_type {kind!r} (rotary positions scaled to longer contexts)")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise _refuse(source, f"{name}.partial_rotary_factor {rope['partial_rotary_factor']}")
-        theta = rope.get("rope_theta", theta)
+_ROPE = {  # our field of RopeScaling -> the key in rope_parameters, by kind
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor", "original_len": "original_max_position_embeddings", "low_freq": "low_freq_factor",
+        "high_freq": "high_freq_factor",
+    },
+    "yarn": {
+        "factor": "factor", "original_len": "original_max_position_embeddings", "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow", "attention_factor": "attention_factor", "truncate": "truncate",
+    },
+}  # fmt: skip
+
+
+def _rope(fields: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """Our rotary fields. transformers 5 writes ``rope_parameters``, for Gemma 3 one per kind of layer; older files
+    ``rope_theta``, ``rope_local_base_freq`` and ``rope_scaling``."""
     if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise _refuse(source, f"partial_rotary_factor {fields['partial_rotary_factor']}")
-    return float(theta)
+    theta, local = fields.get("rope_theta"), fields.get("rope_local_base_freq")
+    scaling = None
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = dict(fields.get(name) or {})
+        if any(isinstance(value, dict) for value in rope.values()):
+            if set(rope) - {"full_attention", "sliding_attention"}:
+                raise _refuse(source, f"{name} by layer type ({', '.join(rope)})")
+            sliding = rope.get("sliding_attention") or {}
+            if sliding.get("rope_type", "default") != "default":
+                raise _refuse(source, f"{name}.sliding_attention.rope_type {sliding['rope_type']!r}")
+            local = sliding.get("rope_theta", local)
+            rope = dict(rope.get("full_attention") or {})
+        theta = rope.get("rope_theta", theta)
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise _refuse(source, f"{name}.partial_rotary_factor {rope['partial_rotary_factor']}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind == "default":
+            continue
+        if kind not in _ROPE:
+            raise _refuse(source, f"{name}.rope_type {kind!r} (implemented: default, {', '.join(_ROPE)})")
+        if rope.get("mscale") or rope.get("mscale_all_dim"):
+            raise _refuse(source, f"{name}.mscale")
+        values = {ours: rope[theirs] for ours, theirs in _ROPE[kind].items() if rope.get(theirs) is not None}
+        if kind == "yarn":
+            values.setdefault("original_len", fields.get("max_position_embeddings", 0))
+        try:
+            scaling = RopeScaling(kind, **values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {name}: {error}") from error
+    return {
+        "rope_theta": float(theta if theta is not None else 10_000.0),
+        "local_rope_theta": None if local is None else float(local),
+        "rope_scaling": scaling,
+    }
 
 
-def _window(fields: dict[str, Any], family: str, layers: int, source: str | Path) -> int | None:
-    """Sliding window of all layers, or None. Qwen uses its window only where ``use_sliding_window`` says so."""
-    if family == "llama":
-        return None
-    window = fields.get("sliding_window") if fields.get("use_sliding_window", False) else None
-    kinds = fields.get("layer_types")
-    if kinds is None and window is not None:
-        first = fields.get("max_window_layers", 28)
-        kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    distinct = set(kinds or ["full_attention"])
-    if distinct == {"full_attention"}:
-        return None
-    if distinct == {"sliding_attention"} and window is not None:
-        return int(window)
-    raise _refuse(
-        source, f"layer_types {sorted(distinct)} with sliding_window {window} (attention that differs by layer)"
-    )
+def _windows(fields: dict[str, Any], family: str, layers: int, source: str | Path) -> dict[str, Any]:
+    """Our fields of the sliding window. Qwen uses its window only where ``use_sliding_window`` says so; Gemma's layers
+    take turns."""
+    window, kinds = fields.get("sliding_window"), fields.get("layer_types")
+    if family == "llama" or (family in ("qwen2", "qwen3") and not fields.get("use_sliding_window", False)):
+        if kinds and set(kinds) != {"full_attention"}:
+            raise _refuse(source, f"layer_types {sorted(set(kinds))} without a sliding window")
+        return {"sliding_window": None}
+    if kinds is None:
+        if family in ("qwen2", "qwen3"):
+            slides = [i >= fields.get("max_window_layers", 28) for i in range(layers)]
+        elif family in ("gemma2", "gemma3_text"):
+            period = fields.get("sliding_window_pattern", 2 if family == "gemma2" else 6)
+            slides = [(i + 1) % period != 0 for i in range(layers)]
+        else:
+            slides = [window is not None] * layers
+    else:
+        if set(kinds) - {"full_attention", "sliding_attention"}:
+            raise _refuse(source, f"layer_types {sorted(set(kinds))}")
+        slides = [kind == "sliding_attention" for kind in kinds]
+    if not any(slides):
+        return {"sliding_window": None}
+    if window is None:
+        raise ValueError(f"{source}: layers with sliding attention need the field 'sliding_window', which is missing")
+    return {"sliding_window": int(window), "sliding_layers": () if all(slides) else tuple(slides)}
+
+
+def _gemma(fields: dict[str, Any], family: str, head_dim: int, source: str | Path) -> dict[str, Any]:
+    """Our fields that only Gemma's files have."""
+    if family not in ("gemma2", "gemma3_text"):
+        return {}
+    if fields.get("use_bidirectional_attention"):
+        raise _refuse(source, "use_bidirectional_attention true")
+    return {
+        "attn_scale": fields.get("query_pre_attn_scalar", 256) ** -0.5,
+        "attn_softcap": fields.get("attn_logit_softcapping", 50.0 if family == "gemma2" else None),
+        "final_softcap": fields.get("final_logit_softcapping", 30.0 if family == "gemma2" else None),
+    }
 
 
 def config_from_hf(
@@ -80,8 +144,11 @@ def config_from_hf(
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
         if not isinstance(fields.get(name), int):
             raise ValueError(f"{source}: field {name!r} is missing or no whole number (found {fields.get(name)!r})")
-    if fields.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise _refuse(source, f"hidden_act {fields['hidden_act']!r}")
+    fixed = FAMILIES[family]
+    wanted = _ACTIVATIONS[fixed.get("activation", "silu")]
+    name = "hidden_activation" if "hidden_activation" in fields else "hidden_act"
+    if (fields.get(name) or wanted[0]) not in wanted:
+        raise _refuse(source, f"{name} {fields[name]!r}")
     for name in ("attention_bias", "mlp_bias"):  # Qwen2's q, k, v biases are fixed and have no field
         if fields.get(name) and not (name == "attention_bias" and family == "qwen2"):
             raise _refuse(source, f"{name} true")
@@ -89,8 +156,8 @@ def config_from_hf(
         method = fields["quantization_config"].get("quant_method")
         raise _refuse(source, f"quantization_config ({method}); convert the weights to bfloat16 first")
     dim, heads, layers = (fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    # A file that predates a field means the default of its class, which for Qwen3 is 128, not hidden / heads.
-    head_dim = fields.get("head_dim") or (128 if family == "qwen3" and "head_dim" not in fields else dim // heads)
+    # A file that predates a field means the default of its class, which need not be hidden / heads.
+    head_dim = fields.get("head_dim") or ("head_dim" not in fields and _HEAD_DIM.get(family)) or dim // heads
     generation = generation or {}
     eos = _ids(fields.get("eos_token_id"))
     eos = tuple(dict.fromkeys(_ids(generation.get("eos_token_id")) + eos))
@@ -106,17 +173,17 @@ def config_from_hf(
         kv_heads=fields.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         ffn_dim=fields["intermediate_size"],
-        rope_theta=_rope_theta(fields, source),
         norm_eps=fields.get("rms_norm_eps", 1e-6),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        sliding_window=_window(fields, family, layers, source),
+        tie_embeddings=bool(fields.get("tie_word_embeddings", family.startswith("gemma"))),
         max_len=fields.get("max_position_embeddings", 4096),
         eos_ids=eos,
         bos_id=bos,
         # Right padding is never attended to, so any id is a valid pad; end of text is the usual choice.
         pad_id=pad if pad is not None and pad >= 0 else (eos[0] if eos else 0),
+        **fixed,
+        **_rope(fields, source),
+        **_windows(fields, family, layers, source),
+        **_gemma(fields, family, head_dim, source),
     )
 
 
@@ -128,14 +195,23 @@ def config_to_hf(
     original: the fields the model was loaded with. All of them are kept, known to us or not; only those whose meaning
     changed since are written anew. Raises ValueError when HF's class of the family cannot express the config.
     """
-    if config.qkv_bias != (config.family == "qwen2") or config.qk_norm != (config.family == "qwen3"):
-        raise ValueError(
-            f"a {config.family} checkpoint has qkv_bias={config.family == 'qwen2'} and "
-            f"qk_norm={config.family == 'qwen3'}, the config says {config.qkv_bias} and {config.qk_norm}; "
-            "choose the family that matches"
-        )
+    fixed = {"qkv_bias": False, "qk_norm": False, "norm_offset": False, "post_norms": False, "scale_embed": False}
+    for name, value in ({**fixed, "activation": "silu"} | FAMILIES[config.family]).items():
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"a {config.family} checkpoint has {name}={value}, the config says {getattr(config, name)}; choose the "
+                "family that matches"
+            )
     if config.sliding_window is not None and config.family == "llama":
-        raise ValueError("transformers' Llama has no sliding window; use family 'qwen2' or 'qwen3'")
+        raise ValueError("transformers' Llama has no sliding window; use family 'mistral', 'qwen2' or 'qwen3'")
+    gemma = config.family.startswith("gemma")
+    for name in ("attn_scale", "attn_softcap", "final_softcap"):
+        if getattr(config, name) is not None and not gemma:
+            raise ValueError(f"a {config.family} checkpoint has no place for {name}={getattr(config, name)}")
+    if config.local_rope_theta is not None and config.family != "gemma3_text":
+        raise ValueError(f"a {config.family} checkpoint has no place for local_rope_theta={config.local_rope_theta}")
+    if config.sliding_layers and config.family == "mistral":
+        raise ValueError("transformers' Mistral has its sliding window in all layers or in none")
     same_family = original is not None and original.get("model_type") == config.family
     fields = dict(original) if same_family else {}
     before = config_from_hf(original, generation=generation) if same_family else None
@@ -144,27 +220,27 @@ def config_to_hf(
         return before is None or getattr(before, name) != getattr(config, name)
 
     if before is None:
+        activation = _ACTIVATIONS[config.activation][0]
         fields |= {
-            "architectures": [_CLASSES[config.family]], "model_type": config.family, "hidden_act": "silu",
-            "attention_bias": False, "attention_dropout": 0.0, "initializer_range": config.init_std, "use_cache": True,
+            "architectures": [_CLASSES[config.family]], "model_type": config.family,
+            "hidden_activation" if gemma else "hidden_act": activation, "attention_bias": False,
+            "attention_dropout": 0.0, "initializer_range": config.init_std, "use_cache": True,
         }  # fmt: skip
         fields |= {"mlp_bias": False} if config.family == "llama" else {}
     for ours, theirs in _SAME.items():
         if changed(ours):
             fields[theirs] = getattr(config, ours)
-    if changed("rope_theta"):
-        if before is None or "rope_parameters" in fields:
-            fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        if before is None or "rope_theta" in fields or "rope_parameters" not in fields:
-            fields["rope_theta"] = config.rope_theta  # what transformers before 5, vLLM and others read
-    if changed("sliding_window") and config.family != "llama":
-        kind = "full_attention" if config.sliding_window is None else "sliding_attention"
-        fields["use_sliding_window"] = config.sliding_window is not None
-        fields["sliding_window"] = config.sliding_window
-        fields["max_window_layers"] = config.layers if config.sliding_window is None else 0
-        fields["layer_types"] = [kind] * config.layers
+    if any(map(changed, ("rope_theta", "rope_scaling", "local_rope_theta"))):
+        fields |= _rope_to_hf(config, fields, new=before is None)
+    if changed("sliding_window") or changed("sliding_layers"):
+        fields |= _windows_to_hf(config)
     elif changed("layers") and fields.get("layer_types"):
         fields["layer_types"] = fields["layer_types"][:1] * config.layers
+    if gemma and changed("attn_scale"):
+        fields["query_pre_attn_scalar"] = (config.attn_scale or config.head_dim**-0.5) ** -2
+    for ours, theirs in (("attn_softcap", "attn_logit_softcapping"), ("final_softcap", "final_logit_softcapping")):
+        if gemma and changed(ours):
+            fields[theirs] = getattr(config, ours)
     if changed("eos_ids"):
         fields["eos_token_id"] = config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None
     if changed("pad_id"):
@@ -173,3 +249,40 @@ def config_to_hf(
     if fields.get(known, "float32" if before else None) != dtype:  # a file that says nothing means float32
         fields[known or "dtype"] = dtype
     return fields
+
+
+def _rope_to_hf(config: Config, fields: dict[str, Any], new: bool) -> dict[str, Any]:
+    """Rotary fields for transformers 5 and, where the file had them or is new, for what came before."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if (scaling := config.rope_scaling) is not None:
+        rope |= {theirs: getattr(scaling, ours) for ours, theirs in _ROPE[scaling.kind].items()}
+        rope = {k: v for k, v in rope.items() if v is not None} | {"rope_type": scaling.kind}
+    out: dict[str, Any] = {}
+    if config.family == "gemma3_text":
+        local = config.local_rope_theta or config.rope_theta
+        by_kind = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
+        if new or "rope_parameters" in fields:
+            out["rope_parameters"] = by_kind
+        if "rope_local_base_freq" in fields:
+            out["rope_local_base_freq"] = local
+    elif new or "rope_parameters" in fields:
+        out["rope_parameters"] = rope
+    if (new and config.family != "gemma3_text") or "rope_theta" in fields or "rope_parameters" not in fields | out:
+        out["rope_theta"] = config.rope_theta  # what transformers before 5, vLLM and others read
+        if scaling is not None or fields.get("rope_scaling"):
+            out["rope_scaling"] = None if scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"}
+    return out
+
+
+def _windows_to_hf(config: Config) -> dict[str, Any]:
+    window = config.sliding_window
+    if config.family == "mistral":
+        return {"sliding_window": window}
+    if config.family == "llama":
+        return {}
+    kinds = ["sliding_attention" if slides else "full_attention" for slides in config.slides]
+    out: dict[str, Any] = {"sliding_window": window, "layer_types": kinds}
+    if config.family in ("qwen2", "qwen3"):
+        # max_window_layers is what readers without layer_types go by: the first layers are full.
+        out |= {"use_sliding_window": window is not None, "max_window_layers": config.slides.count(False)}
+    return out

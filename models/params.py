@@ -57,6 +57,7 @@ class Param:
 def declare(config: Config) -> dict[str, Any]:
     """Nested dict of :class:`Param` for ``config``."""
     c = config
+    scale = "zeros" if c.norm_offset else "ones"
     L, V, D, N, K, H, F = c.layers, c.vocab_size, c.dim, c.heads, c.kv_heads, c.head_dim, c.ffn_dim
     block = "model.layers.{layer}."
 
@@ -64,12 +65,14 @@ def declare(config: Config) -> dict[str, Any]:
         return Param((L, *shape), ("layers", *axes), init, block + hf + ".weight", transpose)
 
     layers = {
-        "attn_norm": layer((D,), ("norm",), "ones", "input_layernorm"),
+        "attn_norm": layer((D,), ("norm",), scale, "input_layernorm"),
         "wq": layer((D, N, H), ("embed", "heads", "head_dim"), "normal", "self_attn.q_proj", True),
         "wk": layer((D, K, H), ("embed", "kv_heads", "head_dim"), "normal", "self_attn.k_proj", True),
         "wv": layer((D, K, H), ("embed", "kv_heads", "head_dim"), "normal", "self_attn.v_proj", True),
         "wo": layer((N, H, D), ("heads", "head_dim", "embed"), "residual", "self_attn.o_proj", True),
-        "mlp_norm": layer((D,), ("norm",), "ones", "post_attention_layernorm"),
+        "mlp_norm": layer(
+            (D,), ("norm",), scale, "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+        ),
         "w_gate": layer((D, F), ("embed", "ffn"), "normal", "mlp.gate_proj", True),
         "w_up": layer((D, F), ("embed", "ffn"), "normal", "mlp.up_proj", True),
         "w_down": layer((F, D), ("ffn", "embed"), "residual", "mlp.down_proj", True),
@@ -79,12 +82,15 @@ def declare(config: Config) -> dict[str, Any]:
             hf = f"{block}self_attn.{name}_proj.bias"
             layers["b" + name] = Param((L, heads, H), ("layers", axis, "head_dim"), "zeros", hf)
     if c.qk_norm:
-        layers["q_norm"] = layer((H,), ("norm",), "ones", "self_attn.q_norm")
-        layers["k_norm"] = layer((H,), ("norm",), "ones", "self_attn.k_norm")
+        layers["q_norm"] = layer((H,), ("norm",), scale, "self_attn.q_norm")
+        layers["k_norm"] = layer((H,), ("norm",), scale, "self_attn.k_norm")
+    if c.post_norms:
+        layers["attn_post_norm"] = layer((D,), ("norm",), scale, "post_attention_layernorm")
+        layers["mlp_post_norm"] = layer((D,), ("norm",), scale, "post_feedforward_layernorm")
     tree = {
         "embed": Param((V, D), ("vocab", "embed"), "normal", "model.embed_tokens.weight"),
         "layers": layers,
-        "final_norm": Param((D,), ("norm",), "ones", "model.norm.weight"),
+        "final_norm": Param((D,), ("norm",), scale, "model.norm.weight"),
     }
     if not c.tie_embeddings:
         tree["head"] = Param((D, V), ("embed", "vocab"), "normal", "lm_head.weight", True)

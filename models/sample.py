@@ -21,10 +21,11 @@ from flax import struct
 
 from models.config import Config
 from models.params import Params
+from models.rope import rope_table
 from models.sharding import constrain
 from models.stops import StopTable
 from models.taps import Taps
-from models.transformer import attention, block, rms_norm, rope_table, unembed
+from models.transformer import attention, block, embed, rms_norm, unembed
 
 FINISH_LENGTH, FINISH_EOS, FINISH_STOP = 0, 1, 2  # FINISH_STOP + j means stop string j
 
@@ -108,22 +109,26 @@ def _run(weights, config: Config, session: Session, tokens, counts, view: int):
     slots = jnp.where(offsets < counts[:, None], positions, S + offsets)
     rows = jnp.arange(B)[:, None]
     keys_at = jnp.arange(view)[None, None, :]
-    mask = keys_at <= positions[:, :, None]
-    if config.sliding_window is not None:
-        mask = mask & (positions[:, :, None] - keys_at < config.sliding_window)
-    rope = rope_table(positions, config)
-    x = weights["embed"][tokens]
+    causal = keys_at <= positions[:, :, None]
+
+    def kind(local: bool):  # what the queries of a layer turn by and look at
+        near = positions[:, :, None] - keys_at < config.sliding_window if local else True
+        return rope_table(positions, config, local), causal & near
+
+    kinds = {local: kind(local) for local in set(config.slides)}
+    x = embed(weights, config, tokens)
     keys, values = list(session.keys), list(session.values)
     for i, layer in enumerate(weights["layers"]):
+        rope, mask = kinds[config.slides[i]]
 
-        def attend(q, k, v, taps, i=i):
+        def attend(q, k, v, taps, i=i, mask=mask):
             write = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
             keys[i] = keys[i].at[rows, :, slots].set(k, **write)
             values[i] = values[i].at[rows, :, slots].set(v, **write)
-            return attention(q, keys[i][:, :, :view], values[i][:, :, :view], mask, taps)
+            return attention(q, keys[i][:, :, :view], values[i][:, :, :view], mask, config, taps)
 
         x = block(x, layer, rope, attend, config, Taps())
-    hidden = rms_norm(x, weights["final_norm"], config.norm_eps)
+    hidden = rms_norm(x, weights["final_norm"], config)
     return session.replace(keys=tuple(keys), values=tuple(values), lens=session.lens + counts), hidden
 
 

@@ -1,7 +1,7 @@
 """The decoder as pure functions: ``forward`` over whole sequences, ``block`` shared with the sampler.
 
 Einsum letters: B batch, T query time, S key time, D width, N heads, K key-value heads, G queries per key-value head,
-H head width, F feed-forward width, V vocabulary. Matches transformers' Llama, Qwen2 and Qwen3 to rounding.
+H head width, F feed-forward width, V vocabulary. Matches transformers to rounding for every family of ``models.config``.
 """
 
 import functools
@@ -15,6 +15,7 @@ from flax import struct
 from models.config import Config
 from models.linear import product
 from models.params import Params
+from models.rope import apply_rope, rope_table
 from models.sharding import constrain
 from models.taps import BLOCK_SITES, Edit, Taps, check_sites
 
@@ -33,28 +34,20 @@ class Output:
     records: dict[str, jax.Array]
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, scale: jax.Array, config: Config) -> jax.Array:
     """Root-mean-square norm over the last axis, computed in float32 (arXiv 1910.07467)."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
+    scale = scale.astype(jnp.float32)
+    return (y * (1.0 + scale if config.norm_offset else scale)).astype(x.dtype)
 
 
-def rope_table(positions: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, 1, H/2] float32 for integer positions [B, T] (arXiv 2104.09864)."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angle = positions[..., None].astype(jnp.float32) / config.rope_theta**exponent
-    return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), or x itself."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn the pairs (i, i + H/2) of x [B, T, heads, H]: the half-split layout of HF checkpoints."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, taps: Taps) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, config: Config, taps: Taps) -> jax.Array:
     """Grouped-query attention without repeating keys.
 
     q [B,T,N,H]; k, v [B,K,S,H], heads in front of time, as batched matrix products want them; mask bool [B or 1,T,S],
@@ -63,7 +56,9 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, taps: T
     B, T, N, H = q.shape
     K = k.shape[1]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
+    scale = H**-0.5 if config.attn_scale is None else config.attn_scale
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = softcap(scores, config.attn_softcap)
     scores = taps("attn.logits", jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min))
     probs = taps("attn.probs", jax.nn.softmax(scores, axis=-1))
     heads = jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v)
@@ -88,13 +83,14 @@ def _qkv(x: jax.Array, layer: Params, config: Config) -> tuple[jax.Array, jax.Ar
     return tuple(out)
 
 
-def _mlp(x: jax.Array, layer: Params, taps: Taps) -> jax.Array:
+def _mlp(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     if "w_gate_up" in layer:
         gate, up = jnp.split(jnp.einsum("btd,fd->btf", x, layer["w_gate_up"].astype(x.dtype)), 2, axis=-1)
     else:
         gate = product(x, layer["w_gate"])
         up = product(x, layer["w_up"])
-    act = taps("mlp.act", jax.nn.silu(taps("mlp.gate", gate)) * up)
+    activate = jax.nn.silu if config.activation == "silu" else jax.nn.gelu  # gelu's default is the tanh form
+    act = taps("mlp.act", activate(taps("mlp.gate", gate)) * up)
     act = constrain(act, "batch", "time", "ffn")
     if "w_down_out" in layer:
         return jnp.einsum("btf,df->btd", act, layer["w_down_out"].astype(x.dtype))
@@ -105,20 +101,25 @@ def block(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, tap
     """One pre-norm decoder block. x [B,T,D]; ``attend`` decides what a query sees (the sequence, or a cache)."""
     x = taps("resid.pre", x)
     with jax.named_scope("attention"):
-        q, k, v = _qkv(rms_norm(x, layer["attn_norm"], config.norm_eps), layer, config)
+        q, k, v = _qkv(rms_norm(x, layer["attn_norm"], config), layer, config)
         if config.qk_norm:
-            q = rms_norm(q, layer["q_norm"], config.norm_eps)
-            k = rms_norm(k, layer["k_norm"], config.norm_eps)
+            q = rms_norm(q, layer["q_norm"], config)
+            k = rms_norm(k, layer["k_norm"], config)
         q, k, v = taps("attn.q", apply_rope(q, rope)), taps("attn.k", apply_rope(k, rope)), taps("attn.v", v)
         heads = taps("attn.heads", attend(q, k, v, taps))
         if "wo_out" in layer:
             out = jnp.einsum("bte,de->btd", heads.reshape(*x.shape[:2], -1), layer["wo_out"].astype(x.dtype))
         else:
             out = product(heads.reshape(*x.shape[:2], -1), layer["wo"].reshape(-1, config.dim))
+        if config.post_norms:
+            out = rms_norm(out, layer["attn_post_norm"], config)
         out = taps("attn.out", out)
         x = taps("resid.mid", constrain(x + out, "batch", "time", "model"))
     with jax.named_scope("mlp"):
-        out = taps("mlp.out", _mlp(rms_norm(x, layer["mlp_norm"], config.norm_eps), layer, taps))
+        out = _mlp(rms_norm(x, layer["mlp_norm"], config), layer, config, taps)
+        if config.post_norms:
+            out = rms_norm(out, layer["mlp_post_norm"], config)
+        out = taps("mlp.out", out)
         return taps("resid.post", constrain(x + out, "batch", "time", "model"))
 
 
@@ -129,7 +130,14 @@ def unembed(params: Params, config: Config, hidden: jax.Array) -> jax.Array:
             head = params["embed"].T
         else:
             head = params["head_out"].T if "head_out" in params else params["head"]
-        return jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return softcap(logits, config.final_softcap)
+
+
+def embed(weights: Params, config: Config, tokens: jax.Array) -> jax.Array:
+    """Token embeddings [B, T, D] in the config's dtype."""
+    x = weights["embed"].astype(config.dtype)[tokens]
+    return x * jnp.asarray(config.dim**0.5, x.dtype) if config.scale_embed else x  # the factor is rounded as HF's is
 
 
 def causal_mask(positions: jax.Array, segment_ids: jax.Array | None, window: int | None) -> jax.Array:
@@ -167,19 +175,25 @@ def forward(
     B, T = tokens.shape
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T), (1, T))
-    rope = rope_table(positions, config)
-    mask = causal_mask(positions, segment_ids, config.sliding_window)
+
+    def view(local: bool):  # what the queries of a layer turn by and look at
+        window = config.sliding_window if local else None
+        return rope_table(positions, config, local), causal_mask(positions, segment_ids, window)
+
+    views = [view(local) for local in sorted(set(config.slides))]
+    mixed = len(views) == 2
     edge = Taps(record, edit)
-    x = params["embed"].astype(config.dtype)[tokens]
-    x = edge("embed", constrain(x, "batch", "time", "model"))
+    slides = jnp.array(config.slides) if mixed else None
+    x = edge("embed", constrain(embed(params, config, tokens), "batch", "time", "model"))
 
     inner_record = tuple(name for name in record if name in BLOCK_SITES)
     inner_edit = {name: hook for name, hook in (edit or {}).items() if name in BLOCK_SITES}
 
     def step(x, scanned):
-        layer, hooks = scanned
+        layer, hooks, slides = scanned
         taps = Taps(inner_record, hooks)
-        x = block(x, layer, rope, functools.partial(_attend_full, mask=mask), config, taps)
+        rope, mask = jax.tree.map(lambda full, local: jnp.where(slides, local, full), *views) if mixed else views[0]
+        x = block(x, layer, rope, functools.partial(_attend_full, mask=mask, config=config), config, taps)
         return x, taps.values
 
     if config.remat:
@@ -187,11 +201,11 @@ def forward(
     # A loop over few layers costs more than it saves: its backward pass copies every activation into a stacked buffer
     # (1.5x the time of a step on CPU). Deep models keep the loop, so that compile time does not grow with depth.
     unroll = config.layers if config.layers <= _UNROLLED_LAYERS else 1
-    x, records = jax.lax.scan(step, x, (params["layers"], inner_edit), unroll=unroll)
-    hidden = edge("final", rms_norm(x, params["final_norm"], config.norm_eps))
+    x, records = jax.lax.scan(step, x, (params["layers"], inner_edit, slides), unroll=unroll)
+    hidden = edge("final", rms_norm(x, params["final_norm"], config))
     logits = unembed(params, config, hidden) if head else None
     return Output(logits, hidden, {**records, **edge.values})
 
 
-def _attend_full(q, k, v, taps, *, mask):
-    return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, taps)
+def _attend_full(q, k, v, taps, *, mask, config):
+    return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, config, taps)

@@ -13,11 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 import models
 from models import Config
+from models.config import FAMILIES, RopeScaling
 from models.hf import Model
 from models.hf_config import config_from_hf, config_to_hf
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "models"
-NAMES = ("llama", "qwen2", "qwen3", "qwen3_untied")
+NAMES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "qwen3_untied", "yarn", "gemma2", "gemma3")
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -147,11 +148,20 @@ def test_each_piece_is_read_once(monkeypatch):
 
 
 def test_own_models_are_written_and_read(tmp_path, key):
-    for family, tied in (("llama", False), ("qwen2", True), ("qwen3", True)):
+    gemma = {"sliding_window": 3, "sliding_layers": (True, False), "attn_scale": 0.25}
+    more = {
+        "llama": {"rope_scaling": RopeScaling("llama3", 8.0, 32, high_freq=3.0)},
+        "mistral": {"sliding_window": 9},
+        "qwen2": {"sliding_window": 4, "sliding_layers": (False, True), "rope_scaling": RopeScaling("yarn", 2.0, 16)},
+        "qwen3": {},
+        "gemma2": gemma | {"attn_softcap": 7.0, "final_softcap": 5.0},
+        "gemma3_text": gemma | {"local_rope_theta": 1e3, "rope_scaling": RopeScaling("linear", 4.0)},
+    }
+    for family, fields in more.items():
         config = Config(
             vocab_size=40, dim=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=24, family=family,
-            qkv_bias=family == "qwen2", qk_norm=family == "qwen3", tie_embeddings=tied, eos_ids=(3, 4), bos_id=2,
-            rope_theta=7e5, max_len=99, pad_id=1,
+            tie_embeddings=family not in ("llama", "mistral"), eos_ids=(3, 4), bos_id=2, rope_theta=7e5, max_len=99,
+            pad_id=1, **FAMILIES[family], **fields,
         )  # fmt: skip
         params = models.init(config, key)
         models.save(Model(config, params), tmp_path / family)
@@ -183,6 +193,8 @@ def test_config_reads_old_and_new_fields():
     assert config_from_hf(fields | {"pad_token_id": None}).pad_id == 1
     llama = _fields(FIXTURES / "llama")
     assert config_from_hf({k: v for k, v in llama.items() if k != "num_key_value_heads"}).kv_heads == 6
+    mixed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None}
+    assert config_from_hf(fields | mixed).sliding_layers == (False, True, True)
     window = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"] * 3}
     assert config_from_hf(fields | window).sliding_window == 8
     assert config_from_hf(fields | {"sliding_window": 8}).sliding_window is None
@@ -192,11 +204,14 @@ def test_config_reads_old_and_new_fields():
     ("change", "named"),
     [
         ({"model_type": "gemma3"}, "gemma3"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.*linear"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3.*original_len"),
+        ({"rope_parameters": {"chunked_attention": {"rope_type": "default"}}}, "chunked_attention"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None}, "layer_types"),
+        ({"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
+        ({"use_sliding_window": True, "sliding_window": None, "layer_types": ["sliding_attention"] * 3}, "sliding_win"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"attention_bias": True}, "attention_bias"),
         ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),

@@ -10,6 +10,7 @@ import pytest
 
 import models
 from models import Config
+from models.config import FAMILIES
 from models.hf import Model
 
 pytestmark = pytest.mark.parity
@@ -54,16 +55,16 @@ def test_fresh_weights_logits_and_greedy_tokens(name, tmp_path):
     np.testing.assert_array_equal(np.asarray(out.tokens)[:, : make.NEW], greedy)
 
 
-# transformers' Llama has no sliding window, and ours refuses to write one.
+# transformers' Llama has no sliding window, and ours refuses to write one. None: as wide as the sequence in all layers.
 @pytest.mark.parametrize(
-    ("name", "window"), [(n, None) for n in make.MODELS] + [(n, 6) for n in make.MODELS if n != "llama"]
+    ("name", "window"), [(n, None) for n in make.MODELS] + [(n, 6) for n in ("qwen2", "qwen3", "mistral", "gemma3")]
 )
 def test_our_export_is_read_by_transformers(name, window, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
     model = models.load(TESTS / "fixtures" / "models" / name)
-    config = model.config.replace(sliding_window=window)
+    config = model.config.replace(sliding_window=window, sliding_layers=())
     models.save(model.replace(config=config), tmp_path / "out", max_shard_bytes=120_000)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
     assert models.load(tmp_path / "out").config == config
@@ -73,15 +74,14 @@ def test_our_export_is_read_by_transformers(name, window, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_our_random_init_is_read_by_transformers(family, dtype, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
     config = Config(
         vocab_size=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8 if family == "llama" else 12, ffn_dim=48,
-        family=family, qkv_bias=family == "qwen2", qk_norm=family == "qwen3", tie_embeddings=family != "llama",
-        rope_theta=2e5, init_std=0.3, eos_ids=(5,),
+        family=family, tie_embeddings=family != "llama", rope_theta=2e5, init_std=0.3, eos_ids=(5,), **FAMILIES[family]
     )  # fmt: skip
     params = models.init(config, jax.random.key(3), dtype=dtype)
     models.save(Model(config, params), tmp_path / "m")
@@ -107,7 +107,7 @@ def test_bfloat16_is_as_close_to_float32_as_theirs(tmp_path):
     assert np.sqrt(np.mean((ours - exact) ** 2)) <= 1.5 * np.sqrt(np.mean((theirs - exact) ** 2))
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3_untied"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_untied", "gemma2"])
 def test_gradients_equal_torch_autograd(name):
     import torch
 
