@@ -11,11 +11,16 @@ FAMILIES: dict[str, dict[str, object]] = {
     "mistral": {},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
+    "mixtral": {"norm_topk": True},
+    "qwen3_moe": {"qk_norm": True},
+    "olmoe": {"qk_norm_whole": True},
     "gemma2": {"norm_offset": True, "post_norms": True, "scale_embed": True, "activation": "gelu_tanh"},
     "gemma3_text": {
         "norm_offset": True, "post_norms": True, "scale_embed": True, "activation": "gelu_tanh", "qk_norm": True,
     },
 }  # fmt: skip
+MOE_FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
+MOE_FORMS = ("auto", "dense", "block", "ragged")
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -68,7 +73,8 @@ class Config:
     local_rope_theta: float | None = None  # of the layers that slide, unscaled; None: as all others
     norm_eps: float = 1e-6
     qkv_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: bool = False  # of every head by itself
+    qk_norm_whole: bool = False  # of all heads together (OLMoE)
     tie_embeddings: bool = True
     sliding_window: int | None = None  # keys a query sees, itself included
     sliding_layers: tuple[bool, ...] = ()  # which layers have the window; empty: all of them
@@ -76,6 +82,10 @@ class Config:
     norm_offset: bool = False  # norms multiply by 1 + scale (Gemma)
     post_norms: bool = False  # a norm behind attention and one behind the MLP too (Gemma)
     scale_embed: bool = False  # embeddings times sqrt(D) (Gemma)
+    experts: int = 0  # E; 0 is a dense model. ``ffn_dim`` is then the width of one expert
+    top_k: int = 0  # experts per token
+    norm_topk: bool = False  # the chosen experts' weights sum to 1
+    moe_form: str = "auto"  # how experts are run, see models.moe; "auto" goes by the backend
     attn_scale: float | None = None  # scores are multiplied by it; None: 1 / sqrt(H)
     attn_softcap: float | None = None  # scores become cap * tanh(score / cap) (Gemma 2)
     final_softcap: float | None = None  # logits likewise
@@ -92,6 +102,12 @@ class Config:
             raise ValueError(f"unknown family {self.family!r}; known: {', '.join(FAMILIES)}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+        if self.moe_form not in MOE_FORMS:
+            raise ValueError(f"moe_form must be one of {', '.join(MOE_FORMS)}, not {self.moe_form!r}")
+        if (self.experts > 0) != (self.family in MOE_FAMILIES):
+            raise ValueError(f"a {self.family} model {'has no' if self.experts else 'needs'} experts")
+        if self.experts and not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k={self.top_k} must lie between 1 and experts={self.experts}")
         if self.sliding_layers and (len(self.sliding_layers) != self.layers or self.sliding_window is None):
             raise ValueError(
                 f"sliding_layers says for each of the {self.layers} layers whether sliding_window applies; got "
@@ -119,8 +135,10 @@ class Config:
     def num_params(self) -> int:
         """Number of weights, tied embeddings counted once."""
         d, n, k, h, f = self.dim, self.heads, self.kv_heads, self.head_dim, self.ffn_dim
-        block = d * h * (n + 2 * k) + n * h * d + 3 * d * f + 2 * d
+        block = d * h * (n + 2 * k) + n * h * d + 2 * d
+        block += d * self.experts + self.experts * 3 * d * f if self.experts else 3 * d * f
         block += h * (n + 2 * k) if self.qkv_bias else 0
         block += 2 * h if self.qk_norm else 0
+        block += h * (n + k) if self.qk_norm_whole else 0
         block += 2 * d if self.post_norms else 0
         return self.layers * block + self.vocab_size * d * (1 if self.tie_embeddings else 2) + d

@@ -55,7 +55,8 @@ class Model:
 
 
 def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None) -> Model:
-    """Read a checkpoint of Llama 2 and 3, Mistral, Qwen2, Qwen3, Gemma 2 or Gemma 3 (text).
+    """Read a checkpoint of a family in ``models.config.FAMILIES``: Llama 2 and 3, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3
+    (text), Mixtral, Qwen3-MoE and OLMoE.
 
     path: a folder with config.json and safetensors (one file, or shards with an index), or the id of a model on the
     Hugging Face hub ("Qwen/Qwen3-0.6B"), which is downloaded.
@@ -113,10 +114,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _hf_names(param: Param, layers: int) -> list[str]:
-    return [param.hf.format(layer=i) for i in range(layers)] if param.per_layer else [param.hf]
-
-
 def _leaves(config: Config) -> list[Param]:
     return jax.tree.leaves(declare(config), is_leaf=lambda leaf: isinstance(leaf, Param))
 
@@ -126,7 +123,7 @@ class _Checkpoint(contextlib.ExitStack):
 
     def __init__(self, folder: Path, config: Config):
         super().__init__()
-        self._folder, self._layers = folder, config.layers
+        self._folder = folder
         self._files: dict[str, Any] = {}
         self._where = self._locate()
         try:
@@ -162,7 +159,7 @@ class _Checkpoint(contextlib.ExitStack):
         return self._files[name]
 
     def _check(self, config: Config) -> None:
-        expected = {name: p.hf_shape for p in _leaves(config) for name in _hf_names(p, config.layers)}
+        expected = {name: p.hf_shape for p in _leaves(config) for name in p.hf_names}
         missing = sorted(expected.keys() - self._where.keys())
         if missing:
             raise ValueError(f"{self._folder}: {len(missing)} tensors are missing: {_some(missing)}")
@@ -192,7 +189,7 @@ class _Checkpoint(contextlib.ExitStack):
 
     def read(self, param: Param, mesh: jax.sharding.Mesh | None, dtype: str | None) -> jax.Array:
         """One parameter as an array; each piece that devices share is read once."""
-        slices = [self._open(self._where[n]).get_slice(n) for n in _hf_names(param, self._layers)]
+        slices = [self._open(self._where[n]).get_slice(n) for n in param.hf_names]
         kinds = {_DTYPES[s.get_dtype()] for s in slices}
         kind = jnp.dtype(dtype) if dtype else jnp.result_type(*kinds)
         sharding = sharding_for(mesh, param.shape, param.axes)
@@ -209,21 +206,21 @@ class _Checkpoint(contextlib.ExitStack):
 
 
 def _read_piece(param: Param, slices: list, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
-    """Block ``index`` of a parameter, read from one tensor per layer, in our layout."""
+    """Block ``index`` of a parameter, read from one tensor per layer (and expert), in our layout."""
     ranges = [range(*s.indices(n)) for s, n in zip(index, param.shape)]
     out = np.empty([len(r) for r in ranges], dtype)
-    if not param.per_layer:
-        out[...] = _read_layer(param, slices[0], ranges)
-        return out
-    for row, layer in enumerate(ranges[0]):
-        out[row] = _read_layer(param, slices[layer], ranges[1:])
+    leading, rest = ranges[: param.stacked], ranges[param.stacked :]
+    for row in np.ndindex(*map(len, leading)):
+        at = [r[i] for r, i in zip(leading, row, strict=True)]
+        number = int(np.ravel_multi_index(at, param.shape[: param.stacked])) if at else 0
+        out[row] = _read_layer(param, slices[number], rest)
     return out
 
 
 def _read_layer(param: Param, tensor, ranges: list[range]) -> np.ndarray:
-    """Part ``ranges`` (in our axes, without the layer axis) of one HF tensor, turned and with heads unfolded."""
+    """Part ``ranges`` (in our axes, without the stacked ones) of one HF tensor, turned and with heads unfolded."""
     shape = [len(r) for r in ranges]
-    axes = param.axes[1:] if param.per_layer else param.axes
+    axes = param.axes[param.stacked :]
     if "head_dim" in axes and len(axes) > 1:  # heads and head_dim are one axis in the file; head_dim is never split
         at, width = axes.index("head_dim"), param.shape[-len(axes) :][axes.index("head_dim")]
         folded = range(ranges[at - 1].start * width, ranges[at - 1].stop * width)
@@ -249,7 +246,7 @@ def save(model: Model, path: str | Path, max_shard_bytes: int = 5_000_000_000) -
     """
     path = Path(path).expanduser().resolve()
     plan = _plan(model)
-    dtypes = {array.dtype.name for _, _, array in plan}
+    dtypes = {array.dtype.name for array in jax.tree.leaves(model.params)}
     dtype = model.params["embed"].dtype.name
     if not dtypes <= {"float32", "float16", "bfloat16"}:
         raise ValueError(
@@ -313,8 +310,8 @@ def _replace(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def _plan(model: Model) -> list[tuple[str, Callable[[], np.ndarray], jax.Array]]:
-    """(HF name, function that fetches the tensor in HF layout, our array) in the order of the network."""
+def _plan(model: Model) -> list[tuple[str, Callable[[], np.ndarray], int]]:
+    """(HF name, function that fetches the tensor in HF layout, its bytes) in the order of the network."""
     declared, tree = jax.tree.flatten(declare(model.config), is_leaf=lambda leaf: isinstance(leaf, Param))
     arrays, found = jax.tree.flatten(model.params)
     if found != tree:
@@ -325,18 +322,19 @@ def _plan(model: Model) -> list[tuple[str, Callable[[], np.ndarray], jax.Array]]
             raise ValueError(
                 f"parameter of {param.hf} has shape {tuple(array.shape)}, the config asks for {param.shape}"
             )
-        for i, name in enumerate(_hf_names(param, model.config.layers)):
-            entry = (name, _fetcher(param, array, i), array)
-            if param.per_layer:
-                blocks.append((i, entry))
+        for i, name in enumerate(param.hf_names):
+            at = tuple(int(n) for n in np.unravel_index(i, param.shape[: param.stacked])) if param.stacked else ()
+            entry = (name, _fetcher(param, array, at), array.nbytes // len(param.hf_names))
+            if param.stacked:
+                blocks.append((at, entry))
             else:
                 (head if param.hf.endswith("embed_tokens.weight") else tail).append(entry)
-    return head + [entry for _, entry in sorted(blocks, key=lambda pair: pair[0])] + tail
+    return head + [entry for _, entry in sorted(blocks, key=lambda pair: pair[0][0])] + tail
 
 
-def _fetcher(param: Param, array: jax.Array, layer: int) -> Callable[[], np.ndarray]:
+def _fetcher(param: Param, array: jax.Array, at: tuple[int, ...]) -> Callable[[], np.ndarray]:
     def fetch() -> np.ndarray:
-        value = np.asarray(array[layer] if param.per_layer else array)
+        value = np.asarray(array[at])
         value = value.reshape(param.hf_shape[::-1] if param.transpose else param.hf_shape)
         return np.ascontiguousarray(value.T if param.transpose else value)
 
@@ -346,13 +344,12 @@ def _fetcher(param: Param, array: jax.Array, layer: int) -> Callable[[], np.ndar
 def _shards(plan, max_bytes: int) -> Iterator[list]:
     shard, size = [], 0
     for entry in plan:
-        name, _, array = entry
-        count = array.size // (array.shape[0] if ".layers." in name else 1)
-        if shard and size + count * array.dtype.itemsize > max_bytes:
+        _, _, nbytes = entry
+        if shard and size + nbytes > max_bytes:
             yield shard
             shard, size = [], 0
         shard.append(entry)
-        size += count * array.dtype.itemsize
+        size += nbytes
     yield shard
 
 

@@ -6,20 +6,22 @@ What the decoder cannot do is an error that names it, never a silent difference 
 from pathlib import Path
 from typing import Any
 
-from models.config import FAMILIES, Config, RopeScaling
+from models.config import FAMILIES, MOE_FAMILIES, Config, RopeScaling
 
 _CLASSES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM",
 }  # fmt: skip
 # Names of activations in config.json, by ours.
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
+_QWEN = ("qwen2", "qwen3", "qwen3_moe")  # their window has a switch of its own
 # What the class of a family assumes where the file does not say.
 _HEAD_DIM = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
 # Our field -> config.json field, where the value is the same.
 _SAME = {
     "vocab_size": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "ffn_dim": "intermediate_size",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
     "norm_eps": "rms_norm_eps",
     "tie_embeddings": "tie_word_embeddings", "max_len": "max_position_embeddings", "bos_id": "bos_token_id",
 }  # fmt: skip
@@ -92,12 +94,12 @@ def _windows(fields: dict[str, Any], family: str, layers: int, source: str | Pat
     """Our fields of the sliding window. Qwen uses its window only where ``use_sliding_window`` says so; Gemma's layers
     take turns."""
     window, kinds = fields.get("sliding_window"), fields.get("layer_types")
-    if family == "llama" or (family in ("qwen2", "qwen3") and not fields.get("use_sliding_window", False)):
+    if family == "llama" or (family in _QWEN and not fields.get("use_sliding_window", False)):
         if kinds and set(kinds) != {"full_attention"}:
             raise _refuse(source, f"layer_types {sorted(set(kinds))} without a sliding window")
         return {"sliding_window": None}
     if kinds is None:
-        if family in ("qwen2", "qwen3"):
+        if family in _QWEN:
             slides = [i >= fields.get("max_window_layers", 28) for i in range(layers)]
         elif family in ("gemma2", "gemma3_text"):
             period = fields.get("sliding_window_pattern", 2 if family == "gemma2" else 6)
@@ -128,6 +130,34 @@ def _gemma(fields: dict[str, Any], family: str, head_dim: int, source: str | Pat
     }
 
 
+def _width_name(family: str) -> str:
+    """The field that holds the width of a feed-forward network, or of one expert."""
+    return "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+
+
+def _experts_name(fields: dict[str, Any], family: str) -> str:
+    """The field with the number of experts: transformers 5 has renamed it for Qwen3-MoE, and reads both."""
+    return "num_local_experts" if family == "mixtral" or "num_local_experts" in fields else "num_experts"
+
+
+def _experts(fields: dict[str, Any], family: str, source: str | Path) -> dict[str, Any]:
+    """Our fields of a mixture of experts."""
+    if family not in MOE_FAMILIES:
+        return {}
+    if fields.get("mlp_only_layers") or fields.get("decoder_sparse_step", 1) != 1:
+        raise _refuse(source, "mlp_only_layers or decoder_sparse_step (layers without experts among those with)")
+    if fields.get("clip_qkv") is not None:
+        raise _refuse(source, f"clip_qkv {fields['clip_qkv']}")
+    out = {}
+    for ours, theirs in (("experts", _experts_name(fields, family)), ("top_k", "num_experts_per_tok")):
+        if not isinstance(fields.get(theirs), int):
+            raise ValueError(f"{source}: field {theirs!r} is missing or no whole number (found {fields.get(theirs)!r})")
+        out[ours] = fields[theirs]
+    if family != "mixtral":
+        out["norm_topk"] = bool(fields.get("norm_topk_prob", False))
+    return out
+
+
 def config_from_hf(
     fields: dict[str, Any], source: str | Path = "config.json", generation: dict[str, Any] | None = None
 ) -> Config:
@@ -141,7 +171,8 @@ def config_from_hf(
         raise ValueError(
             f"{source}: model_type {family!r} is not implemented; implemented: {', '.join(sorted(_CLASSES))}"
         )
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", _width_name(family))
+    for name in sizes:
         if not isinstance(fields.get(name), int):
             raise ValueError(f"{source}: field {name!r} is missing or no whole number (found {fields.get(name)!r})")
     fixed = FAMILIES[family]
@@ -172,7 +203,7 @@ def config_from_hf(
         heads=heads,
         kv_heads=fields.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        ffn_dim=fields["intermediate_size"],
+        ffn_dim=fields[_width_name(family)],
         norm_eps=fields.get("rms_norm_eps", 1e-6),
         tie_embeddings=bool(fields.get("tie_word_embeddings", family.startswith("gemma"))),
         max_len=fields.get("max_position_embeddings", 4096),
@@ -183,6 +214,7 @@ def config_from_hf(
         **fixed,
         **_rope(fields, source),
         **_windows(fields, family, layers, source),
+        **_experts(fields, family, source),
         **_gemma(fields, family, head_dim, source),
     )
 
@@ -195,8 +227,9 @@ def config_to_hf(
     original: the fields the model was loaded with. All of them are kept, known to us or not; only those whose meaning
     changed since are written anew. Raises ValueError when HF's class of the family cannot express the config.
     """
-    fixed = {"qkv_bias": False, "qk_norm": False, "norm_offset": False, "post_norms": False, "scale_embed": False}
-    for name, value in ({**fixed, "activation": "silu"} | FAMILIES[config.family]).items():
+    switches = ("qkv_bias", "qk_norm", "qk_norm_whole", "norm_offset", "post_norms", "scale_embed")
+    fixed = {**dict.fromkeys(switches, False), "activation": "silu", **FAMILIES[config.family]}
+    for name, value in fixed.items():
         if getattr(config, name) != value:
             raise ValueError(
                 f"a {config.family} checkpoint has {name}={value}, the config says {getattr(config, name)}; choose the "
@@ -210,7 +243,7 @@ def config_to_hf(
             raise ValueError(f"a {config.family} checkpoint has no place for {name}={getattr(config, name)}")
     if config.local_rope_theta is not None and config.family != "gemma3_text":
         raise ValueError(f"a {config.family} checkpoint has no place for local_rope_theta={config.local_rope_theta}")
-    if config.sliding_layers and config.family == "mistral":
+    if config.sliding_layers and config.family in ("mistral", "mixtral"):
         raise ValueError("transformers' Mistral has its sliding window in all layers or in none")
     same_family = original is not None and original.get("model_type") == config.family
     fields = dict(original) if same_family else {}
@@ -230,6 +263,17 @@ def config_to_hf(
     for ours, theirs in _SAME.items():
         if changed(ours):
             fields[theirs] = getattr(config, ours)
+    if changed("ffn_dim"):
+        fields[_width_name(config.family)] = config.ffn_dim
+    if config.experts:
+        if changed("experts"):
+            fields[_experts_name(fields, config.family)] = config.experts
+        if changed("top_k"):
+            fields["num_experts_per_tok"] = config.top_k
+        if config.family != "mixtral" and changed("norm_topk"):
+            fields["norm_topk_prob"] = config.norm_topk
+        if before is None and config.family == "qwen3_moe":
+            fields |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "intermediate_size": config.ffn_dim}
     if any(map(changed, ("rope_theta", "rope_scaling", "local_rope_theta"))):
         fields |= _rope_to_hf(config, fields, new=before is None)
     if changed("sliding_window") or changed("sliding_layers"):
@@ -276,13 +320,13 @@ def _rope_to_hf(config: Config, fields: dict[str, Any], new: bool) -> dict[str, 
 
 def _windows_to_hf(config: Config) -> dict[str, Any]:
     window = config.sliding_window
-    if config.family == "mistral":
+    if config.family in ("mistral", "mixtral"):
         return {"sliding_window": window}
     if config.family == "llama":
         return {}
     kinds = ["sliding_attention" if slides else "full_attention" for slides in config.slides]
     out: dict[str, Any] = {"sliding_window": window, "layer_types": kinds}
-    if config.family in ("qwen2", "qwen3"):
+    if config.family in _QWEN:
         # max_window_layers is what readers without layer_types go by: the first layers are full.
         out |= {"use_sliding_window": window is not None, "max_window_layers": config.slides.count(False)}
     return out

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.config import Config
 from models.sharding import sharding_for
@@ -28,7 +29,7 @@ class Param:
     shape: full shape, with the leading layer axis for per-layer weights.
     axes: one logical axis name per dimension (see ``models.sharding.RULES``).
     init: "normal" (std ``init_std``), "residual" (std scaled by 1/sqrt(2 L)), "ones" or "zeros".
-    hf: name in a HF checkpoint, ``{layer}`` for the layer index.
+    hf: name in a HF checkpoint, ``{layer}`` for the layer index, ``{expert}`` for the expert's.
     transpose: the HF matrix is ``[out, in]`` and is turned; heads are folded in HF and unfolded here.
     """
 
@@ -39,19 +40,38 @@ class Param:
     transpose: bool = False
 
     @property
-    def per_layer(self) -> bool:
-        return self.axes[0] == "layers"
+    def stacked(self) -> int:
+        """Number of leading axes that a file has a tensor each for: layers, then experts."""
+        return sum(name in ("layers", "experts") for name in self.axes[:2])
+
+    @property
+    def hf_names(self) -> list[str]:
+        """Names of its tensors, in the order of the leading axes."""
+        fields = [dict(zip(("layer", "expert"), at)) for at in np.ndindex(self.shape[: self.stacked])]
+        return [self.hf.format(**field) for field in fields]
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor in the HF file (one layer of it)."""
-        shape, axes = (self.shape[1:], self.axes[1:]) if self.per_layer else (self.shape, self.axes)
+        """Shape of one tensor in the HF file."""
+        shape, axes = self.shape[self.stacked :], self.axes[self.stacked :]
         if len(shape) == 1:
             return shape
         if "head_dim" in axes:  # [D, N, H] or [N, H, D] or [N, H]
             at = axes.index("head_dim")
             shape = shape[: at - 1] + (shape[at - 1] * shape[at],) + shape[at + 1 :]
         return shape[::-1] if self.transpose else shape
+
+
+_EXPERT_NAMES = {  # by whether it is Mixtral
+    False: {
+        "router": "mlp.gate", "gate": "mlp.experts.{expert}.gate_proj", "up": "mlp.experts.{expert}.up_proj",
+        "down": "mlp.experts.{expert}.down_proj",
+    },
+    True: {
+        "router": "block_sparse_moe.gate", "gate": "block_sparse_moe.experts.{expert}.w1",
+        "up": "block_sparse_moe.experts.{expert}.w3", "down": "block_sparse_moe.experts.{expert}.w2",
+    },
+}  # fmt: skip
 
 
 def declare(config: Config) -> dict[str, Any]:
@@ -73,10 +93,17 @@ def declare(config: Config) -> dict[str, Any]:
         "mlp_norm": layer(
             (D,), ("norm",), scale, "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
         ),
-        "w_gate": layer((D, F), ("embed", "ffn"), "normal", "mlp.gate_proj", True),
-        "w_up": layer((D, F), ("embed", "ffn"), "normal", "mlp.up_proj", True),
-        "w_down": layer((F, D), ("ffn", "embed"), "residual", "mlp.down_proj", True),
     }
+    if c.experts:
+        E, names = c.experts, _EXPERT_NAMES[c.family == "mixtral"]
+        layers["router"] = layer((D, E), ("embed", "router"), "normal", names["router"], True)
+        layers["e_gate"] = layer((E, D, F), ("experts", "embed", "ffn"), "normal", names["gate"], True)
+        layers["e_up"] = layer((E, D, F), ("experts", "embed", "ffn"), "normal", names["up"], True)
+        layers["e_down"] = layer((E, F, D), ("experts", "ffn", "embed"), "residual", names["down"], True)
+    else:
+        layers["w_gate"] = layer((D, F), ("embed", "ffn"), "normal", "mlp.gate_proj", True)
+        layers["w_up"] = layer((D, F), ("embed", "ffn"), "normal", "mlp.up_proj", True)
+        layers["w_down"] = layer((F, D), ("ffn", "embed"), "residual", "mlp.down_proj", True)
     if c.qkv_bias:
         for name, heads, axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
             hf = f"{block}self_attn.{name}_proj.bias"
@@ -84,6 +111,9 @@ def declare(config: Config) -> dict[str, Any]:
     if c.qk_norm:
         layers["q_norm"] = layer((H,), ("norm",), scale, "self_attn.q_norm")
         layers["k_norm"] = layer((H,), ("norm",), scale, "self_attn.k_norm")
+    if c.qk_norm_whole:
+        layers["q_norm"] = layer((N, H), ("heads", "head_dim"), scale, "self_attn.q_norm")
+        layers["k_norm"] = layer((K, H), ("kv_heads", "head_dim"), scale, "self_attn.k_norm")
     if c.post_norms:
         layers["attn_post_norm"] = layer((D,), ("norm",), scale, "post_attention_layernorm")
         layers["mlp_post_norm"] = layer((D,), ("norm",), scale, "post_feedforward_layernorm")

@@ -23,6 +23,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
     "experts": ("expert",),
+    "router": (),  # columns of a router: every device routes its own tokens
     "layers": (),
     "head_dim": (),
     "norm": (),

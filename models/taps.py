@@ -14,6 +14,7 @@ from flax import struct
 BLOCK_SITES = (
     "resid.pre", "attn.q", "attn.k", "attn.v", "attn.logits", "attn.probs", "attn.heads", "attn.out",
     "resid.mid", "mlp.gate", "mlp.act", "mlp.out", "resid.post",
+    "moe.logits", "moe.index", "moe.weights", "moe.routed",
 )  # fmt: skip
 EDGE_SITES = ("embed", "final")
 SITES = EDGE_SITES + BLOCK_SITES

@@ -1,7 +1,7 @@
 """The decoder as pure functions: ``forward`` over whole sequences, ``block`` shared with the sampler.
 
 Einsum letters: B batch, T query time, S key time, D width, N heads, K key-value heads, G queries per key-value head,
-H head width, F feed-forward width, V vocabulary. Matches transformers to rounding for every family of ``models.config``.
+H head width, F feed-forward width, V vocabulary. Matches transformers for every family there is.
 """
 
 import functools
@@ -14,6 +14,7 @@ from flax import struct
 
 from models.config import Config
 from models.linear import product
+from models.moe import moe
 from models.params import Params
 from models.rope import apply_rope, rope_table
 from models.sharding import constrain
@@ -97,12 +98,19 @@ def _mlp(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     return product(act, layer["w_down"])
 
 
+def _whole_norm(x: jax.Array, scale: jax.Array, config: Config) -> jax.Array:
+    """Norm over heads and head width together: x [B,T,heads,H], scale [heads,H]."""
+    return rms_norm(x.reshape(*x.shape[:2], -1), scale.reshape(-1), config).reshape(x.shape)
+
+
 def block(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, taps: Taps) -> jax.Array:
     """One pre-norm decoder block. x [B,T,D]; ``attend`` decides what a query sees (the sequence, or a cache)."""
     x = taps("resid.pre", x)
     with jax.named_scope("attention"):
         q, k, v = _qkv(rms_norm(x, layer["attn_norm"], config), layer, config)
-        if config.qk_norm:
+        if config.qk_norm_whole:
+            q, k = _whole_norm(q, layer["q_norm"], config), _whole_norm(k, layer["k_norm"], config)
+        elif config.qk_norm:
             q = rms_norm(q, layer["q_norm"], config)
             k = rms_norm(k, layer["k_norm"], config)
         q, k, v = taps("attn.q", apply_rope(q, rope)), taps("attn.k", apply_rope(k, rope)), taps("attn.v", v)
@@ -116,7 +124,8 @@ def block(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, tap
         out = taps("attn.out", out)
         x = taps("resid.mid", constrain(x + out, "batch", "time", "model"))
     with jax.named_scope("mlp"):
-        out = _mlp(rms_norm(x, layer["mlp_norm"], config), layer, config, taps)
+        feed_forward = moe if config.experts else _mlp
+        out = feed_forward(rms_norm(x, layer["mlp_norm"], config), layer, config, taps)
         if config.post_norms:
             out = rms_norm(out, layer["mlp_post_norm"], config)
         out = taps("mlp.out", out)
@@ -162,6 +171,7 @@ def forward(
     head: bool = True,
     record: tuple[str, ...] = (),
     edit: Mapping[str, Edit] | None = None,
+    expert_mask: jax.Array | None = None,
 ) -> Output:
     """Run the decoder over right-padded sequences.
 
@@ -169,6 +179,7 @@ def forward(
     positions: int32 [B, T], default 0..T-1. segment_ids: int32 [B, T] for packed sequences (pass positions too).
     head: False leaves ``logits`` None, for callers that need only some of them.
     record, edit: taps, see ``models.taps``. Raises ValueError for unknown sites.
+    expert_mask: bool [L, E]; experts where it is False are never chosen (``models.moe.check_expert_mask``).
     """
     chex.assert_rank(tokens, 2)
     check_sites(record, edit)
@@ -201,7 +212,8 @@ def forward(
     # A loop over few layers costs more than it saves: its backward pass copies every activation into a stacked buffer
     # (1.5x the time of a step on CPU). Deep models keep the loop, so that compile time does not grow with depth.
     unroll = config.layers if config.layers <= _UNROLLED_LAYERS else 1
-    x, records = jax.lax.scan(step, x, (params["layers"], inner_edit, slides), unroll=unroll)
+    layers = params["layers"] if expert_mask is None else {**params["layers"], "expert_mask": expert_mask}
+    x, records = jax.lax.scan(step, x, (layers, inner_edit, slides), unroll=unroll)
     hidden = edge("final", rms_norm(x, params["final_norm"], config))
     logits = unembed(params, config, hidden) if head else None
     return Output(logits, hidden, {**records, **edge.values})

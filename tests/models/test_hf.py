@@ -18,7 +18,10 @@ from models.hf import Model
 from models.hf_config import config_from_hf, config_to_hf
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "models"
-NAMES = ("llama", "llama3", "mistral", "qwen2", "qwen3", "qwen3_untied", "yarn", "gemma2", "gemma3")
+NAMES = (
+    "llama", "llama3", "mistral", "qwen2", "qwen3", "qwen3_untied", "yarn", "gemma2", "gemma3", "mixtral",
+    "qwen3_moe", "olmoe",
+)  # fmt: skip
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -154,6 +157,9 @@ def test_own_models_are_written_and_read(tmp_path, key):
         "mistral": {"sliding_window": 9},
         "qwen2": {"sliding_window": 4, "sliding_layers": (False, True), "rope_scaling": RopeScaling("yarn", 2.0, 16)},
         "qwen3": {},
+        "mixtral": {"experts": 4, "top_k": 2},
+        "qwen3_moe": {"experts": 5, "top_k": 2, "norm_topk": True},
+        "olmoe": {"experts": 3, "top_k": 3},
         "gemma2": gemma | {"attn_softcap": 7.0, "final_softcap": 5.0},
         "gemma3_text": gemma | {"local_rope_theta": 1e3, "rope_scaling": RopeScaling("linear", 4.0)},
     }

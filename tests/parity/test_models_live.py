@@ -10,8 +10,9 @@ import pytest
 
 import models
 from models import Config
-from models.config import FAMILIES
+from models.config import FAMILIES, MOE_FAMILIES
 from models.hf import Model
+from models.moe import keep_experts
 
 pytestmark = pytest.mark.parity
 
@@ -81,7 +82,8 @@ def test_our_random_init_is_read_by_transformers(family, dtype, tmp_path):
 
     config = Config(
         vocab_size=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8 if family == "llama" else 12, ffn_dim=48,
-        family=family, tie_embeddings=family != "llama", rope_theta=2e5, init_std=0.3, eos_ids=(5,), **FAMILIES[family]
+        family=family, tie_embeddings=family != "llama", rope_theta=2e5, init_std=0.3, eos_ids=(5,), **FAMILIES[family],
+        **({"experts": 4, "top_k": 2} if family in MOE_FAMILIES else {}),
     )  # fmt: skip
     params = models.init(config, jax.random.key(3), dtype=dtype)
     models.save(Model(config, params), tmp_path / "m")
@@ -145,3 +147,22 @@ def test_exported_tokenizer_is_read_by_transformers(name, tmp_path):
     reference = AutoTokenizer.from_pretrained(tmp_path / "m")
     for text in ("Brass Lantern costs 12.", " größere\n\nCafé <think>", "<|im_end|>"):
         assert reference.encode(text, add_special_tokens=False) == model.tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+def test_a_model_with_fewer_experts_is_read_by_transformers(name, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = models.load(TESTS / "fixtures" / "models" / name)
+    mask = np.zeros((model.config.layers, model.config.experts), bool)
+    for layer, row in enumerate(mask):
+        row[(np.arange(3) + layer) % len(row)] = True
+    params, config = keep_experts(model.params, model.config, mask)
+    models.save(model.replace(params=params, config=config), tmp_path / "small")
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "small", dtype=torch.float32, attn_implementation="eager"
+    )
+    tokens, lengths = make.make_batch(config.vocab_size)
+    masked = models.forward(model.params, model.config, jnp.asarray(tokens), expert_mask=jnp.asarray(mask)).logits
+    _close(masked, make.hf_logits(reference, tokens), lengths, 1e-5)
