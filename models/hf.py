@@ -55,8 +55,7 @@ class Model:
 
 
 def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None) -> Model:
-    """Read a checkpoint of a family in ``models.config.FAMILIES``: Llama 2 and 3, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3
-    (text), Mixtral, Qwen3-MoE and OLMoE.
+    """Read a checkpoint of Llama 2 and 3, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text), Mixtral, Qwen3-MoE or OLMoE.
 
     path: a folder with config.json and safetensors (one file, or shards with an index), or the id of a model on the
     Hugging Face hub ("Qwen/Qwen3-0.6B"), which is downloaded.
