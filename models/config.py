@@ -86,7 +86,7 @@ class Config:
     top_k: int = 0  # experts per token
     norm_topk: bool = False  # the chosen experts' weights sum to 1
     moe_form: str = "auto"  # how experts are run, see models.moe; "auto" goes by the backend
-    attn_scale: float | None = None  # scores are multiplied by it; None: 1 / sqrt(H)
+    query_scalar: int | None = None  # scores are divided by its root; None: H
     attn_softcap: float | None = None  # scores become cap * tanh(score / cap) (Gemma 2)
     final_softcap: float | None = None  # logits likewise
     max_len: int = 4096

@@ -124,7 +124,7 @@ def _gemma(fields: dict[str, Any], family: str, head_dim: int, source: str | Pat
     if fields.get("use_bidirectional_attention"):
         raise _refuse(source, "use_bidirectional_attention true")
     return {
-        "attn_scale": fields.get("query_pre_attn_scalar", 256) ** -0.5,
+        "query_scalar": fields.get("query_pre_attn_scalar", 256),
         "attn_softcap": fields.get("attn_logit_softcapping", 50.0 if family == "gemma2" else None),
         "final_softcap": fields.get("final_logit_softcapping", 30.0 if family == "gemma2" else None),
     }
@@ -238,11 +238,13 @@ def config_to_hf(
     if config.sliding_window is not None and config.family == "llama":
         raise ValueError("transformers' Llama has no sliding window; use family 'mistral', 'qwen2' or 'qwen3'")
     gemma = config.family.startswith("gemma")
-    for name in ("attn_scale", "attn_softcap", "final_softcap"):
+    for name in ("query_scalar", "attn_softcap", "final_softcap"):
         if getattr(config, name) is not None and not gemma:
             raise ValueError(f"a {config.family} checkpoint has no place for {name}={getattr(config, name)}")
     if config.local_rope_theta is not None and config.family != "gemma3_text":
         raise ValueError(f"a {config.family} checkpoint has no place for local_rope_theta={config.local_rope_theta}")
+    if config.family == "olmoe" and config.heads * config.head_dim != config.dim:
+        raise ValueError(f"transformers' OLMoE has heads x head_dim = dim, the config says {config.dim} = dim")
     if config.sliding_layers and config.family in ("mistral", "mixtral"):
         raise ValueError("transformers' Mistral has its sliding window in all layers or in none")
     same_family = original is not None and original.get("model_type") == config.family
@@ -280,8 +282,8 @@ def config_to_hf(
         fields |= _windows_to_hf(config)
     elif changed("layers") and fields.get("layer_types"):
         fields["layer_types"] = fields["layer_types"][:1] * config.layers
-    if gemma and changed("attn_scale"):
-        fields["query_pre_attn_scalar"] = (config.attn_scale or config.head_dim**-0.5) ** -2
+    if gemma and changed("query_scalar"):
+        fields["query_pre_attn_scalar"] = config.query_scalar or config.head_dim
     for ours, theirs in (("attn_softcap", "attn_logit_softcapping"), ("final_softcap", "final_logit_softcapping")):
         if gemma and changed(ours):
             fields[theirs] = getattr(config, ours)
@@ -325,8 +327,11 @@ def _windows_to_hf(config: Config) -> dict[str, Any]:
     if config.family == "llama":
         return {}
     kinds = ["sliding_attention" if slides else "full_attention" for slides in config.slides]
+    if window is None and config.family.startswith("gemma"):
+        window = config.max_len  # transformers' Gemma wants a number, also where layer_types say that no layer slides
     out: dict[str, Any] = {"sliding_window": window, "layer_types": kinds}
     if config.family in _QWEN:
         # max_window_layers is what readers without layer_types go by: the first layers are full.
-        out |= {"use_sliding_window": window is not None, "max_window_layers": config.slides.count(False)}
+        out["use_sliding_window"] = config.sliding_window is not None
+        out["max_window_layers"] = config.slides.count(False)
     return out

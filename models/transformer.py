@@ -57,7 +57,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, config:
     B, T, N, H = q.shape
     K = k.shape[1]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    scale = H**-0.5 if config.attn_scale is None else config.attn_scale
+    scale = (config.query_scalar or H) ** -0.5
     scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
     scores = softcap(scores, config.attn_softcap)
     scores = taps("attn.logits", jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min))

@@ -151,7 +151,7 @@ def test_each_piece_is_read_once(monkeypatch):
 
 
 def test_own_models_are_written_and_read(tmp_path, key):
-    gemma = {"sliding_window": 3, "sliding_layers": (True, False), "attn_scale": 0.25}
+    gemma = {"sliding_window": 3, "sliding_layers": (True, False), "query_scalar": 16}
     more = {
         "llama": {"rope_scaling": RopeScaling("llama3", 8.0, 32, high_freq=3.0)},
         "mistral": {"sliding_window": 9},
@@ -159,15 +159,15 @@ def test_own_models_are_written_and_read(tmp_path, key):
         "qwen3": {},
         "mixtral": {"experts": 4, "top_k": 2},
         "qwen3_moe": {"experts": 5, "top_k": 2, "norm_topk": True},
-        "olmoe": {"experts": 3, "top_k": 3},
+        "olmoe": {"experts": 3, "top_k": 3, "head_dim": 4},
         "gemma2": gemma | {"attn_softcap": 7.0, "final_softcap": 5.0},
         "gemma3_text": gemma | {"local_rope_theta": 1e3, "rope_scaling": RopeScaling("linear", 4.0)},
     }
     for family, fields in more.items():
         config = Config(
-            vocab_size=40, dim=16, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=24, family=family,
+            vocab_size=40, dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, family=family,
             tie_embeddings=family not in ("llama", "mistral"), eos_ids=(3, 4), bos_id=2, rope_theta=7e5, max_len=99,
-            pad_id=1, **FAMILIES[family], **fields,
+            pad_id=1, **FAMILIES[family], **({"head_dim": 8} | fields),
         )  # fmt: skip
         params = models.init(config, key)
         models.save(Model(config, params), tmp_path / family)
