@@ -305,6 +305,29 @@ def _generate(words: list[str]) -> None:
     print(f"[{len(answer.tokens)} tokens, {answer.finish_reason}]", file=sys.stderr)
 
 
+def _define_convert(values: flags.FlagValues) -> None:
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the weights", flag_values=values)
+    flags.DEFINE_string("keep_experts", None, "JSON file with the experts to keep", flag_values=values)
+
+
+def _convert(words: list[str]) -> None:
+    if _HELP & set(words):
+        _help("convert")
+        return
+    values, left = _parse("convert", words, _define_convert)
+    if len(left) != 2:
+        raise UsageError(f"convert needs SOURCE and TARGET. usage: jaxrec {_COMMANDS['convert'].usage}")
+    source, target = left
+    if Path(source).is_dir() and Path(target).is_dir() and Path(source).samefile(target):
+        raise UsageError("convert: SOURCE and TARGET are one folder; name another target")
+    if values.keep_experts and not Path(values.keep_experts).is_file():
+        raise UsageError(f"convert: --keep_experts={values.keep_experts}: no such file")
+
+    from jaxrec.convert import convert
+
+    print(convert(source, target, values.dtype, values.keep_experts))
+
+
 def _define_systems(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("devices", False, "list JAX's devices", flag_values=values)
 
@@ -391,6 +414,15 @@ The same as `jaxrec run --config=deeprec:demo`. It ends with a table and report.
   --top_p=P                 samples from the likeliest tokens that hold this much probability (default 1: all)
   --stop=TEXT               ends where this text appears; may be given several times
   --seed=N                  the same seed gives the same text (default 0)""",
+    ),
+    "convert": _Command(
+        _convert,
+        "convert SOURCE TARGET [--dtype=bfloat16] [--keep_experts=MASK.json]",
+        "write a model folder anew: in another dtype, or without some of its experts",
+        """  SOURCE                    a Hugging Face model folder, or a hub id
+  TARGET                    the folder to write; an existing model folder is replaced
+  --dtype=float32|bfloat16  of the weights (default: as they are stored)
+  --keep_experts=FILE       JSON, a row per layer of 1.0 (kept) and 0.0 (removed) per expert, equally many in each""",
     ),
     "report": _Command(
         _report,

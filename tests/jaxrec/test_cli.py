@@ -121,6 +121,10 @@ def test_stages_run_in_the_systems_order(config_file: str, recipe: Recipe, capsy
         (["report"], ["one WORKDIR"]),
         (["report", "nothing"], ["no folder nothing"]),
         (["report", "."], ["not a run's folder"]),
+        (["convert", "x"], ["SOURCE and TARGET"]),
+        (["convert", ".", "."], ["one folder"]),
+        (["convert", "x", "y", "--keep_experts=gone.json"], ["gone.json", "no such file"]),
+        (["convert", "x", "y", "--dtype=int8"], ["dtype"]),
         (["generate"], ["one MODEL"]),
         (["generate", "x"], ["--prompt"]),
         (["generate", ".", "--prompt=a"], ["no config.json"]),
@@ -193,7 +197,7 @@ def test_interrupt(config_file: str, recipe: Recipe, capsys):
     assert "continues the run" in err
 
 
-@pytest.mark.parametrize("command", ["run", "demo", "systems", "generate", "report"])
+@pytest.mark.parametrize("command", ["run", "demo", "systems", "generate", "convert", "report"])
 def test_every_command_explains_itself(command: str, capsys):
     if command == "demo" and not SYSTEMS["deeprec"].built:
         pytest.fail("deeprec is not built")
@@ -205,7 +209,7 @@ def test_every_command_explains_itself(command: str, capsys):
 def test_overview(capsys):
     code, out, _ = answer(capsys, "--help")
     assert code == cli.OK
-    for command in ("run", "demo", "systems", "generate", "report"):
+    for command in ("run", "demo", "systems", "generate", "convert", "report"):
         assert f"\n  {command} " in out
     assert answer(capsys)[0] == cli.USAGE
     assert answer(capsys, "--version")[1].startswith("jaxrec 0.")
