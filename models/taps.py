@@ -53,11 +53,18 @@ class Replace:
         return jax.numpy.where(self.mask, self.value.astype(x.dtype), x)
 
 
-def check_sites(record: tuple[str, ...], edit: Mapping[str, Edit] | None) -> None:
-    """Raise ValueError for a site that does not exist, listing those that do."""
+def sites(experts: bool) -> tuple[str, ...]:
+    """The sites of a dense model, or of one with experts: a router in place of the gate."""
+    absent = ("mlp.gate", "mlp.act") if experts else ("moe.logits", "moe.index", "moe.weights", "moe.routed")
+    return tuple(name for name in SITES if name not in absent)
+
+
+def check_sites(record: tuple[str, ...], edit: Mapping[str, Edit] | None, experts: bool = False) -> None:
+    """Raise ValueError for a site that the model does not have, listing those that it has."""
+    known = sites(experts)
     for name in (*record, *(edit or ())):
-        if name not in SITES:
-            raise ValueError(f"unknown tap site {name!r}; sites: {', '.join(SITES)}")
+        if name not in known:
+            raise ValueError(f"unknown tap site {name!r}; sites: {', '.join(known)}")
 
 
 class Taps:

@@ -182,7 +182,7 @@ def forward(
     expert_mask: bool [L, E]; experts where it is False are never chosen (``models.moe.check_expert_mask``).
     """
     chex.assert_rank(tokens, 2)
-    check_sites(record, edit)
+    check_sites(record, edit, bool(config.experts))
     B, T = tokens.shape
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T), (1, T))

@@ -12,7 +12,7 @@ import models
 from models.config import Config
 from models.moe import block_size, check_expert_mask, keep_experts, moe, route
 from models.sample import decode, decode_weights, prefill
-from models.taps import Taps
+from models.taps import Taps, sites
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 CONFIG = Config(
@@ -32,7 +32,7 @@ def run(layer, x, form: str):
 
 
 @pytest.mark.parametrize("form", ["block", "ragged"])
-@pytest.mark.parametrize("tokens", [1, 37, 300])
+@pytest.mark.parametrize("tokens", [1, 150])
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_form_agrees_with_dense(form, tokens, masked, key):
     changes = {"expert_mask": jnp.array([True, False, True, True, False, True])} if masked else {}
@@ -46,7 +46,7 @@ def test_every_form_agrees_with_dense(form, tokens, masked, key):
     weights = {name: w for name, w in layer.items() if name != "expert_mask"}
 
     def gradient(form):
-        return jax.grad(lambda w, x: loss(w | changes, x, form), argnums=(0, 1))(weights, x)
+        return jax.jit(jax.grad(lambda w, x: loss(w | changes, x, form), argnums=(0, 1)))(weights, x)
 
     ours, reference = gradient(form), gradient("dense")
     chex.assert_trees_all_equal_shapes(ours, reference)
@@ -154,3 +154,15 @@ def test_a_checkpoint_has_one_number_of_experts():
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         CONFIG.replace(**changes)
+
+
+def test_sites_are_those_of_the_model(key):
+    params, tokens = models.init(CONFIG, key), jnp.asarray([[3, 4, 5]])
+    records = models.forward(params, CONFIG, tokens, record=sites(experts=True)).records
+    L, M, E, k = CONFIG.layers, 3, CONFIG.experts, CONFIG.top_k
+    chex.assert_shape(records["moe.logits"], (L, M, E))
+    chex.assert_shape([records["moe.index"], records["moe.weights"]], (L, M, k))
+    chex.assert_shape([records["moe.routed"], records["mlp.out"]], (L, 1, M, CONFIG.dim))
+    np.testing.assert_allclose(records["moe.weights"].sum(-1), 1.0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"mlp\.act.*moe\.index"):
+        models.forward(params, CONFIG, tokens, record=("mlp.act",))

@@ -1,5 +1,7 @@
 """Declared parameters: counts, initial values, HF shapes, and values that do not depend on the mesh."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,15 @@ import pytest
 
 import models
 from models import Config
+from models.config import FAMILIES
 from models.params import Param, declare
 
 SMALL = Config(vocab_size=50, dim=16, layers=2, heads=4, kv_heads=2, head_dim=6, ffn_dim=24)
 CONFIGS = {
     "llama": SMALL.replace(family="llama", tie_embeddings=False),
     "qwen2": SMALL.replace(family="qwen2", qkv_bias=True),
+    "olmoe": SMALL.replace(family="olmoe", qk_norm_whole=True, experts=3, top_k=2),
+    "gemma2": SMALL.replace(family="gemma2", **FAMILIES["gemma2"]),
     "qwen3": SMALL.replace(qk_norm=True),
 }
 
@@ -26,10 +31,11 @@ def test_count_and_shapes(name, key):
     assert jax.tree.structure(described) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == jnp.bfloat16, described, params))
     for param in jax.tree.leaves(declare(config), is_leaf=lambda leaf: isinstance(leaf, Param)):
-        rows = param.shape[1:] if param.per_layer else param.shape
+        rows = param.shape[param.stacked :]
         assert np.prod(param.hf_shape) == np.prod(rows)
         assert len(param.shape) == len(param.axes)
-        assert ("{layer}" in param.hf) == param.per_layer
+        assert ("{layer}" in param.hf, "{expert}" in param.hf) == (param.stacked > 0, param.stacked > 1)
+        assert len(set(param.hf_names)) == math.prod(param.shape[: param.stacked])
 
 
 def test_hf_shapes_are_out_by_in():

@@ -8,7 +8,7 @@ import pytest
 import models
 from models import Config
 from models import transformer as module
-from models.taps import BLOCK_SITES, SITES, Add, Replace, Scale
+from models.taps import BLOCK_SITES, SITES, Add, Replace, Scale, sites
 from models.transformer import forward
 
 CONFIG = Config(
@@ -24,7 +24,7 @@ def params():
 
 
 def test_every_site_is_recorded_with_its_shape(params):
-    out = jax.jit(lambda p: forward(p, CONFIG, TOKENS, record=SITES))(params)
+    out = jax.jit(lambda p: forward(p, CONFIG, TOKENS, record=sites(experts=False)))(params)
     L, D, N, K, H, F = 3, 16, 4, 2, 6, 20
     shapes = {
         "embed": (B, T, D), "final": (B, T, D),

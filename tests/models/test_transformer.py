@@ -26,9 +26,12 @@ def _tokens(rng, *shape):
 
 def test_rms_norm_by_hand():
     x = jnp.array([[3.0, 4.0]])
-    y = rms_norm(x, jnp.array([1.0, 2.0]), 0.0)
+    config = CONFIG.replace(norm_eps=0.0)
+    y = rms_norm(x, jnp.array([1.0, 2.0]), config)
     np.testing.assert_allclose(y, np.array([[3.0, 8.0]]) / np.sqrt(12.5), rtol=1e-6)
-    assert rms_norm(x.astype(jnp.bfloat16), jnp.ones(2), 1e-6).dtype == jnp.bfloat16
+    offset = rms_norm(x, jnp.array([0.0, 1.0]), config.replace(norm_offset=True))  # multiplies by 1 + scale
+    np.testing.assert_allclose(offset, y, rtol=1e-6)
+    assert rms_norm(x.astype(jnp.bfloat16), jnp.ones(2), CONFIG).dtype == jnp.bfloat16
 
 
 def test_rope_turns_pairs_and_depends_on_distance_only(rng):
@@ -46,7 +49,7 @@ def test_rope_turns_pairs_and_depends_on_distance_only(rng):
 def test_attention_equals_repeated_heads(rng):
     q, k, v = (rng.standard_normal((2, 5, n, 6)).astype(np.float32) for n in (4, 2, 2))
     mask = np.tril(np.ones((1, 5, 5), bool))
-    ours = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, Taps())
+    ours = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, CONFIG, Taps())
     k, v = np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)
     scores = np.where(mask[:, None], np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(6), -np.inf)
     probs = np.exp(scores - scores.max(-1, keepdims=True))
