@@ -18,6 +18,9 @@ _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
 _QWEN = ("qwen2", "qwen3", "qwen3_moe")  # their window has a switch of its own
 # What the class of a family assumes where the file does not say.
 _HEAD_DIM = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
+_WINDOW = {"mistral": 4096, "gemma2": 4096, "gemma3_text": 4096}
+_THETA = {"gemma3_text": 1_000_000.0, "mixtral": 1_000_000.0}
+_LOCAL_THETA = {"gemma3_text": 10_000.0}
 # Our field -> config.json field, where the value is the same.
 _SAME = {
     "vocab_size": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
@@ -49,12 +52,13 @@ _ROPE = {  # our field of RopeScaling -> the key in rope_parameters, by kind
 }  # fmt: skip
 
 
-def _rope(fields: dict[str, Any], source: str | Path) -> dict[str, Any]:
+def _rope(fields: dict[str, Any], family: str, source: str | Path) -> dict[str, Any]:
     """Our rotary fields. transformers 5 writes ``rope_parameters``, for Gemma 3 one per kind of layer; older files
     ``rope_theta``, ``rope_local_base_freq`` and ``rope_scaling``."""
     if fields.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise _refuse(source, f"partial_rotary_factor {fields['partial_rotary_factor']}")
-    theta, local = fields.get("rope_theta"), fields.get("rope_local_base_freq")
+    theta = fields.get("rope_theta", _THETA.get(family, 10_000.0))
+    local = fields.get("rope_local_base_freq", _LOCAL_THETA.get(family))
     scaling = None
     for name in ("rope_scaling", "rope_parameters"):
         rope = dict(fields.get(name) or {})
@@ -84,7 +88,7 @@ def _rope(fields: dict[str, Any], source: str | Path) -> dict[str, Any]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {name}: {error}") from error
     return {
-        "rope_theta": float(theta if theta is not None else 10_000.0),
+        "rope_theta": float(theta),
         "local_rope_theta": None if local is None else float(local),
         "rope_scaling": scaling,
     }
@@ -93,7 +97,7 @@ def _rope(fields: dict[str, Any], source: str | Path) -> dict[str, Any]:
 def _windows(fields: dict[str, Any], family: str, layers: int, source: str | Path) -> dict[str, Any]:
     """Our fields of the sliding window. Qwen uses its window only where ``use_sliding_window`` says so; Gemma's layers
     take turns."""
-    window, kinds = fields.get("sliding_window"), fields.get("layer_types")
+    window, kinds = fields.get("sliding_window", _WINDOW.get(family)), fields.get("layer_types")
     if family == "llama" or (family in _QWEN and not fields.get("use_sliding_window", False)):
         if kinds and set(kinds) != {"full_attention"}:
             raise _refuse(source, f"layer_types {sorted(set(kinds))} without a sliding window")
@@ -117,7 +121,7 @@ def _windows(fields: dict[str, Any], family: str, layers: int, source: str | Pat
     return {"sliding_window": int(window), "sliding_layers": () if all(slides) else tuple(slides)}
 
 
-def _gemma(fields: dict[str, Any], family: str, head_dim: int, source: str | Path) -> dict[str, Any]:
+def _gemma(fields: dict[str, Any], family: str, source: str | Path) -> dict[str, Any]:
     """Our fields that only Gemma's files have."""
     if family not in ("gemma2", "gemma3_text"):
         return {}
@@ -212,10 +216,10 @@ def config_from_hf(
         # Right padding is never attended to, so any id is a valid pad; end of text is the usual choice.
         pad_id=pad if pad is not None and pad >= 0 else (eos[0] if eos else 0),
         **fixed,
-        **_rope(fields, source),
+        **_rope(fields, family, source),
         **_windows(fields, family, layers, source),
         **_experts(fields, family, source),
-        **_gemma(fields, family, head_dim, source),
+        **_gemma(fields, family, source),
     )
 
 

@@ -206,6 +206,22 @@ def test_config_reads_old_and_new_fields():
     assert config_from_hf(fields | {"sliding_window": 8}).sliding_window is None
 
 
+def test_what_a_file_leaves_out_is_its_class_default():
+    """Fields that files written by older transformers lack, with the values of the classes' signatures."""
+    gemma = {k: v for k, v in _fields(FIXTURES / "gemma3").items() if k not in ("rope_parameters", "layer_types")}
+    old = config_from_hf(gemma | {"sliding_window_pattern": 2})
+    assert (old.rope_theta, old.local_rope_theta, old.sliding_layers) == (1e6, 1e4, (True, False, True))
+    flat = {"rope_theta": 5e4, "rope_local_base_freq": 1e3, "rope_scaling": {"type": "linear", "factor": 8.0}}
+    new = config_from_hf(_fields(FIXTURES / "gemma3"))
+    assert config_from_hf(gemma | flat | {"sliding_window_pattern": 3}) == new
+    less = {k: v for k, v in gemma.items() if k not in ("sliding_window", "head_dim", "query_pre_attn_scalar")}
+    bare = config_from_hf(less)
+    assert (bare.sliding_window, bare.head_dim, bare.query_scalar) == (4096, 256, 256)
+    mistral = _fields(FIXTURES / "mistral")
+    assert config_from_hf({k: v for k, v in mistral.items() if k != "sliding_window"}).sliding_window == 4096
+    assert config_from_hf(mistral | {"sliding_window": None}).sliding_window is None
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
