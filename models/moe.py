@@ -1,9 +1,11 @@
 """Mixture-of-experts layers: routing with experts that can be masked, and three dropless ways to run the experts.
 
 ``dense`` runs every expert on every token and is the reference. ``block`` sorts the (token, choice) pairs by expert and
-runs them in blocks of one expert each: exact, and its work grows with top-k, not with the number of experts; the default
-on CPU. ``ragged`` is the same with ``lax.ragged_dot``, a grouped matrix product on TPU, the default elsewhere. All agree
-to rounding in values and gradients. Letters: M tokens, E experts, k choices per token, D width, F feed-forward width of one expert.
+runs them in blocks of one expert each: its work grows with top-k, not with the number of experts; the default on CPU.
+``ragged`` is the same with ``lax.ragged_dot``, a grouped matrix product on TPU; the default elsewhere. All agree to
+rounding in values and gradients.
+
+Letters: M tokens, E experts, k choices per token, D width, F feed-forward width of one expert.
 """
 
 import jax
