@@ -199,8 +199,8 @@ def get_config(variant: str = "demo") -> ConfigDict:
         )  # fmt: skip
         c.trm.update({"dropout": 0.2, "holdout": 4, "epochs": 16, "max_history": 20})
         c.rollout.update({"max_prompt": 64, "max_total": 128})
-        # No words that a history suggests beat the recommender alone on these files, so the policy must know that it
-        # may leave the choice to it.
+        # On validation users no words that a history suggests beat the recommender alone, so the policy must know that
+        # it may leave the choice to it.
         c.cold_start.open = 0.5
     if variant == "ml100k":
         c.seeds = (0, 1, 2)

@@ -151,6 +151,13 @@ def check(config: Any) -> None:
             f"baselines.stride={config.baselines.stride} must lie between 0 and data.max_history="
             f"{config.data.max_history}"
         )
+    if not 0 <= config.trm.max_history <= config.data.max_history:
+        raise UsageError(
+            f"trm.max_history={config.trm.max_history} must lie between 0 (all of it) and data.max_history="
+            f"{config.data.max_history}, the history that anyone is shown"
+        )
+    if not 0 <= config.cold_start.open <= 1:
+        raise UsageError(f"cold_start.open={config.cold_start.open} is a share of queries, from 0 to 1")
     policy_config(config, 0, "rec")
     reward_config(config)
 

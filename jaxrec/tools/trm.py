@@ -40,9 +40,10 @@ class RecommenderTool:
         history = np.pad(history, ((0, 0), (0, -history.shape[1] % 64)))
         if self.edit_text is not None:
             texts = [self.edit_text(text) for text in texts]
-        vectors = None if self.blank else np.asarray(self.encode(texts))
-        if vectors is not None:
-            vectors = np.where(np.array([text == OPEN_QUERY for text in texts])[:, None], 0.0, vectors)
+        vectors = None
+        if not self.blank:
+            is_open = np.array([text == OPEN_QUERY for text in texts])
+            vectors = np.where(is_open[:, None], 0.0, np.asarray(self.encode(texts)))
         shown = None
         if self.exclude_seen:
             shown, _ = pad_rows(seen)

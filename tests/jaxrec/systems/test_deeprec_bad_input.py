@@ -19,6 +19,8 @@ from jaxrec.systems import deeprec
         (["env.results=5", "evaluate.controls=('one_call',)"], r"'one_call' cannot fill a list of env\.answers=10"),
         (["baselines.form=windows"], r"baselines\.form='windows' must be one of prefix, all"),
         (["baselines.stride=99"], r"baselines\.stride=99 must lie between 0 and data\.max_history=12"),
+        (["trm.max_history=13"], r"trm\.max_history=13 must lie between 0 .* data\.max_history=12"),
+        (["cold_start.open=1.5"], r"cold_start\.open=1\.5 is a share"),
         (["evaluate.controls=('lr0',)"], r"evaluate\.controls: no 'lr0' \(did you mean lr_0\?\); known: lr_0, blank"),
         (["baselines.names=('sasrec', 'gru')"], r"baselines\.names: no 'gru'.*known: sasrec, gru4rec, trm_no_text"),
         (["data.source=wrld"], r"data\.source='wrld': choose 'world' or 'files'"),
