@@ -143,10 +143,11 @@ def _base() -> ConfigDict:
         {"point": 0.0, "rank": 1.0, "gate_process": False, "match": "exact"}
     )  # weights, then rules; paper: point 1
     c.cold_rl = ConfigDict({"steps": 12, "lr_scale": 1.0})
-    c.rec_rl = ConfigDict({"steps": 80, "lr_scale": 1.0})
+    c.rec_rl = ConfigDict({"steps": 48, "lr_scale": 1.0})
 
     c.evaluate = ConfigDict()
-    c.evaluate.batch_size = 256
+    c.evaluate.batch_size = 500
+    c.evaluate.sampled_users = 512  # test users for stage 1's own reward, which is measured in sampled play; 0 is all
     c.evaluate.controls = ()  # see jaxrec.evaluate.deeprec.CONTROLS
     c.evaluate.trajectories = 12  # written out for reading, per stage
     # Fixed before any run: what has to hold, on which metric, for the run to count as a success.
@@ -182,6 +183,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.baselines.update({"dropout": (0.2, 0.5), "epochs": 30})
         c.cold_rl.steps = 20
         c.rec_rl.steps = 120
+        c.evaluate.sampled_users = 0
         c.evaluate.controls = (
             "lr_0", "blank_text", "random_words", "untrained", "one_query", "no_stage1", "with_point", "no_rank",
         )  # fmt: skip
@@ -197,6 +199,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
             {"form": "all", "stride": 37, "dropout": (0.2,), "lr": 3e-3, "batch_size": 128, "epochs": 20,
              "patience": 6}
         )  # fmt: skip
+        c.evaluate.sampled_users = 0
         c.trm.update({"dropout": 0.2, "holdout": 4, "epochs": 16, "max_history": 20})
         c.rollout.update({"max_prompt": 64, "max_total": 128})
         # On validation users no words that a history suggests beat the recommender alone, so the policy must know that

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,9 @@ from pathlib import Path
 import jax
 
 FILE = "metrics.jsonl"
+_LOCK = threading.RLock()  # writers of one process may work side by side on one file and one terminal
+_BARS = None  # the terminal's bars, one per writer that shows one; rich allows one live display
+_WRITERS = 0  # how many of them there are
 
 
 class PhaseTimer:
@@ -80,7 +84,7 @@ class MetricsWriter:
         self.path, self.stage, self.total, self.show = Path(workdir) / FILE, stage, total, show
         self.enabled = jax.process_index() == 0
         self._console = console and self.enabled
-        self._progress = self._task = None
+        self._task = None
         if self.enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -88,10 +92,11 @@ class MetricsWriter:
         """Forget this stage's lines after ``step``: they are about to be written again. Other stages' lines stay."""
         if not self.enabled or not self.path.exists():
             return
-        kept = [r for r in read_metrics(self.path.parent) if r["stage"] != self.stage or r["step"] <= step]
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(draft, self.path)  # whole old file or whole new one, never half
+        with _LOCK:
+            kept = [r for r in read_metrics(self.path.parent) if r["stage"] != self.stage or r["step"] <= step]
+            draft = self.path.with_suffix(".tmp")
+            draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(draft, self.path)  # whole old file or whole new one, never half
 
     def write(self, step: int, scalars: Mapping[str, float], seconds: Mapping[str, float] | None = None) -> None:
         """One line for ``step`` (steps done, from 1). Raises ValueError for a name that the line itself uses."""
@@ -104,10 +109,11 @@ class MetricsWriter:
         values = {k: v if math.isfinite(v) else str(v) for k, v in ((k, float(v)) for k, v in scalars.items())}
         record = {"stage": self.stage, "step": int(step), "time": round(time.time(), 3), **values}
         record["seconds"] = {name: round(s, 4) for name, s in (seconds or {}).items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self._console:
-            self._display(step, scalars, record["seconds"])
+        with _LOCK:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            if self._console:
+                self._display(step, scalars, record["seconds"])
 
     def _display(self, step: int, scalars: Mapping[str, float], seconds: Mapping[str, float]) -> None:
         text = "  ".join(
@@ -117,27 +123,34 @@ class MetricsWriter:
         if not sys.stderr.isatty():  # a log file wants lines, not a bar redrawn in place
             print(f"{self.stage} {step}/{self.total or '?'}  {text}", file=sys.stderr, flush=True)
             return
-        if self._progress is None:
+        if self._task is None:
             self._start(step - 1)
-        self._progress.update(self._task, completed=step, text=text)
+        _BARS.update(self._task, completed=step, text=text)
 
     def _start(self, done: int) -> None:
-        from rich import progress
-        from rich.console import Console
+        global _BARS, _WRITERS
+        if _BARS is None:
+            from rich import progress
+            from rich.console import Console
 
-        self._progress = progress.Progress(
-            progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(), progress.TextColumn("eta"), progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[text]}"), console=Console(stderr=True),
-        )  # fmt: skip
-        self._task = self._progress.add_task(self.stage, total=self.total, completed=done, text="")
-        self._progress.start()
+            _BARS = progress.Progress(
+                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(), progress.TextColumn("eta"), progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[text]}"), console=Console(stderr=True),
+            )  # fmt: skip
+            _BARS.start()
+        self._task, _WRITERS = _BARS.add_task(self.stage, total=self.total, completed=done, text=""), _WRITERS + 1
 
     def close(self) -> None:
         """Close the bar; writing again opens a new one."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        global _BARS, _WRITERS
+        with _LOCK:
+            if self._task is None:
+                return
+            self._task, _WRITERS = None, _WRITERS - 1
+            if not _WRITERS:
+                _BARS.stop()
+                _BARS = None
 
     def __enter__(self) -> "MetricsWriter":
         return self

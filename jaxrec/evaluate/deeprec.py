@@ -6,7 +6,7 @@ users over the full catalogue with the same items left out.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def evaluate_seed(this: Any, baselines: Mapping[str, Trained], controls: Mapping
     protocol = {
         "task": task.name, "split": task.split.protocol, "part": "test", "ranking": "full",
         "history_excluded": bool(config.env.exclude_history), "users": len(rows), "items": len(task.catalogue),
-        "decoding": "greedy",
+        "decoding": "greedy", "users_of_stage1_reward": len(_spread(examples, config.evaluate.sampled_users)),
     }  # fmt: skip
     return SeedResult(this.seed, book.rows, book.values, protocol)
 
@@ -138,9 +138,10 @@ def _play(this, book: _Book, name: str, checkpoint: str, env, options, examples,
     )  # fmt: skip
     stage1 = None
     if name in (SFT, STAGE1):
+        some = _spread(examples, this.config.evaluate.sampled_users)
         sampled = play(
-            model.params, model.config, model.tokenizer, this.env(), examples, this.rollout_config(), batch_size=size,
-            seed=this.seed,
+            model.params, model.config, model.tokenizer, this.env(), some, this.rollout_config(),
+            batch_size=min(size, len(some)), seed=this.seed,
         )  # fmt: skip
         stage1 = this.reward(sampled.states, "cold")["total"]
     count = this.config.evaluate.trajectories
@@ -150,6 +151,11 @@ def _play(this, book: _Book, name: str, checkpoint: str, env, options, examples,
         records = readable(judged, [*found, *others], this.task.catalogue, checkpoint, 0)
         _replace_records(this.folder / "trajectories.jsonl", checkpoint, records)
     book.add_judged(name, judged, stage1, **more)
+
+
+def _spread(examples: Sequence[Any], limit: int) -> Sequence[Any]:
+    """At most ``limit`` of the examples (0: all), evenly spaced."""
+    return examples[:: -(-len(examples) // limit)] if limit else examples
 
 
 def _replace_records(path: Path, stage: str, records: list[dict]) -> None:

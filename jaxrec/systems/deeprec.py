@@ -15,8 +15,10 @@ numbers are not reproduced here: its tables and training texts are not public.
 import dataclasses
 import functools
 import json
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,8 @@ def check(config: Any) -> None:
             f"trm.max_history={config.trm.max_history} must lie between 0 (all of it) and data.max_history="
             f"{config.data.max_history}, the history that anyone is shown"
         )
+    if config.evaluate.sampled_users < 0:
+        raise UsageError(f"evaluate.sampled_users={config.evaluate.sampled_users} must be 0 (all) or more")
     if not 0 <= config.cold_start.open <= 1:
         raise UsageError(f"cold_start.open={config.cold_start.open} is a share of queries, from 0 to 1")
     policy_config(config, 0, "rec")
@@ -251,7 +255,7 @@ def train_trm(this: Run) -> Trained:
     )  # fmt: skip
 
 
-def train_baselines(this: Run) -> dict[str, Trained]:
+def train_baselines(this: Run, stop: threading.Event | None = None) -> dict[str, Trained]:
     """Recommenders that work alone, each at its best setting on validation users; no event is held out from them."""
     c = this.config.baselines
     return {
@@ -259,15 +263,27 @@ def train_baselines(this: Run) -> dict[str, Trained]:
             name, this.task, {"dim": c.dim},
             _recommender_config(c, this.seed, "prefix" if name == "trm_no_text" else c.form), this.checkpoint(name),
             grid={"dropout": c.dropout}, exclude_history=this.config.env.exclude_history, stride=c.stride,
-            save_every=_save_every(c.epochs),
+            save_every=_save_every(c.epochs), stop=stop,
         )
         for name in c.names
     }  # fmt: skip
 
 
 def trm(this: Run) -> None:
-    train_trm(this)
-    train_baselines(this)
+    """The tool and the baselines: side by side on a CPU, where one compiles while the other trains."""
+    if this.mesh is not None or jax.default_backend() != "cpu":
+        train_trm(this)
+        train_baselines(this)
+        return
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as other:
+        baselines = other.submit(train_baselines, this, stop)
+        try:
+            train_trm(this)
+        except BaseException:
+            stop.set()
+            raise
+        baselines.result()
 
 
 # --- cold_start ------------------------------------------------------------------------------------------------------

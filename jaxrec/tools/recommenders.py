@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,10 @@ KINDS: dict[str, tuple[type, type]] = {
     "trm": (TRM, TRMConfig),
     "trm_no_text": (TRM, TRMConfig),
 }
+
+
+class Stopped(RuntimeError):
+    """A fit was asked to end early; it goes on from its last checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,15 +102,17 @@ def train_recommender(
     holdout: int = 0,
     stride: int = 0,
     save_every: int = 0,
+    stop: threading.Event | None = None,
 ) -> Trained:
     """Fit every setting of ``grid`` (none: one fit), keep the best on validation users, resume where it stopped.
 
     holdout: last training targets per user that are kept from the fit (prefix form). stride: items between the starts
     of a user's windows in the "all" form; 0 is ``max_len``, windows that do not overlap.
     texts: arguments of :func:`preference_texts` for kind "trm". folder: ``<workdir>/checkpoints/<name>``; metrics go
-    to the workdir's metrics.jsonl. A finished folder is loaded, not trained again.
+    to the workdir's metrics.jsonl. A finished folder is loaded, not trained again. stop: once set, the fit ends with
+    :class:`Stopped` after its present epoch.
     """
-    how = _How(texts, exclude_history, holdout, stride, save_every)
+    how = _How(texts, exclude_history, holdout, stride, save_every, stop)
     results = []
     for number, choice in enumerate(_expand(grid or {})):
         part = folder / f"setting{number}" if grid else folder
@@ -123,6 +130,7 @@ class _How:
     holdout: int
     stride: int
     save_every: int
+    stop: threading.Event | None
 
 
 def _train_one(kind, task, settings, training, folder: Path, how: _How) -> Trained:
@@ -175,6 +183,8 @@ def _fit(kind, task, module, settings, training, folder, checkpointer, how: _How
             writer.write(int(record["epoch"]) + 1, scalars, {"epoch": record["seconds"]})
 
         def save(epoch: int, now: dict[str, Any]) -> None:
+            if how.stop is not None and how.stop.is_set():
+                raise Stopped(f"{stage} stopped after epoch {epoch}")
             if how.save_every and epoch % how.save_every == 0:
                 checkpointer.save(epoch, now, meta={"seconds": before + time.perf_counter() - start})
 

@@ -110,8 +110,11 @@ class Recommender:
     """Serves a trained model: batched, jitted, deterministic; weights are captured when it is made.
 
     One call answers a whole batch and compiles once per shape. Calls of different batch size would each compile, so
-    batches are padded up to a power of two (rows are independent; the padding never shows).
+    batches are padded up to a power of two of at least ``SMALLEST`` rows, and more than ``LARGEST`` rows go in parts
+    (rows are independent; neither shows).
     """
+
+    SMALLEST, LARGEST = 64, 1024
 
     def __init__(self, module: SequenceModel):
         self.num_items, self.max_len, self.uses_text = module.num_items, module.max_len, module.uses_text
@@ -152,8 +155,14 @@ class Recommender:
         excluded = self._excluded(np.asarray(history), np.asarray(lengths), exclude_history, exclude_seen, int(k))
         if excluded is not None:
             excluded = _pad_rows(excluded, arguments[0].shape[0])
-        ids, scores = _recommend(self._graphdef, self._state, self._prepared, *arguments, int(k), excluded)
-        return np.asarray(ids)[:rows], np.asarray(scores)[:rows]
+        parts = []
+        for low in range(0, rows, self.LARGEST):
+            chosen = slice(low, low + self.LARGEST)
+            part, left_out = jax.tree.map(lambda x, chosen=chosen: x[chosen], (arguments, excluded))
+            ids, scores = _recommend(self._graphdef, self._state, self._prepared, *part, int(k), left_out)
+            parts.append((np.asarray(ids), np.asarray(scores)))
+        ids, scores = (np.concatenate(part)[:rows] for part in zip(*parts, strict=True))
+        return ids, scores
 
     def _batch(self, history: Any, lengths: Any, text: Any) -> tuple[int, tuple]:
         check_histories(history, lengths, self.num_items)
@@ -166,7 +175,9 @@ class Recommender:
                 raise ValueError(f"text_vectors must be [{rows}, {self.text_dim}], got {tuple(text.shape)}")
         elif self.uses_text:
             text = np.zeros((rows, self.text_dim), np.float32)
-        size = 1 << (rows - 1).bit_length()
+        size = max(self.SMALLEST, 1 << (rows - 1).bit_length())
+        if rows > self.LARGEST:
+            size = -(-rows // self.LARGEST) * self.LARGEST
         text = None if text is None else _pad_rows(text, size)
         return rows, (_pad_rows(history, size), np.concatenate([lengths, np.ones(size - rows, np.int32)]), text)
 
