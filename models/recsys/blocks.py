@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,8 +13,15 @@ from models.recsys.functional import MASKED, dropout, layer_norm
 
 
 def normal_param(rngs: nnx.Rngs, *shape: int, scale: float = 0.02) -> nnx.Param:
-    """A parameter drawn from N(0, scale^2), float32."""
-    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
+    """A parameter drawn from N(0, scale^2), float32.
+
+    Drawn as a vector of a few sizes and cut, since every new shape compiles anew (seconds for a model of small parts);
+    the numbers are those of the shape itself, which depend on their place alone.
+    """
+    count = math.prod(shape)
+    size = max(4096, 1 << (count - 1).bit_length()) if count < 2**16 else count
+    drawn = scale * jax.random.normal(rngs.params(), (size,), jnp.float32)
+    return nnx.Param(drawn[:count].reshape(shape))
 
 
 def zeros(*shape: int) -> nnx.Param:
