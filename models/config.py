@@ -4,6 +4,7 @@ One dataclass covers the families; a family is a set of switches and a name tabl
 """
 
 import dataclasses
+import math
 
 # What a family fixes: its transformers class leaves no choice about these switches.
 FAMILIES: dict[str, dict[str, object]] = {
@@ -18,8 +19,11 @@ FAMILIES: dict[str, dict[str, object]] = {
     "gemma3_text": {
         "norm_offset": True, "post_norms": True, "scale_embed": True, "activation": "gelu_tanh", "qk_norm": True,
     },
+    "deepseek_v2": {},
+    "deepseek_v3": {"router_score": "sigmoid"},
 }  # fmt: skip
-MOE_FAMILIES = ("mixtral", "qwen3_moe", "olmoe")
+MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
+MOE_FAMILIES = ("mixtral", "qwen3_moe", "olmoe", *MLA_FAMILIES)
 MOE_FORMS = ("auto", "dense", "block", "ragged")
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -31,7 +35,9 @@ class RopeScaling:
     kind "linear": all divided by ``factor``. "llama3": long wavelengths divided by ``factor``, short ones kept, a
     ramp between ``low_freq`` and ``high_freq`` turns per ``original_len`` (Llama 3.1). "yarn" (arXiv 2309.00071): the
     ramp runs between ``beta_slow`` and ``beta_fast`` turns, and scores are multiplied by ``attention_factor`` squared
-    (None: 0.1 ln(factor) + 1); ``truncate`` rounds the ramp's ends to whole dimensions.
+    (None: 0.1 ln(factor) + 1, or with ``mscale`` m and ``mscale_all`` a, DeepSeek's, the same of 0.1 m ln(factor) + 1
+    over 0.1 a ln(factor) + 1, whose latent attention multiplies scores by the latter squared); ``truncate`` rounds the
+    ramp's ends to whole dimensions.
     """
 
     kind: str
@@ -43,6 +49,8 @@ class RopeScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    mscale: float = 0.0
+    mscale_all: float = 0.0
 
     def __post_init__(self):
         if self.kind not in ("linear", "llama3", "yarn"):
@@ -85,6 +93,21 @@ class Config:
     experts: int = 0  # E; 0 is a dense model. ``ffn_dim`` is then the width of one expert
     top_k: int = 0  # experts per token
     norm_topk: bool = False  # the chosen experts' weights sum to 1
+    router_score: str = "softmax"  # "softmax", or "sigmoid" with a bias that counts for the choice alone (DeepSeek-V3)
+    groups: int = 1  # the experts of a token come from ``top_groups`` of so many groups of neighbours
+    top_groups: int = 1
+    routed_scale: float = 1.0  # the chosen experts' weights times this
+    shared_dim: int = 0  # width of a network that every token passes beside its experts; 0: none
+    first_dense: int = 0  # so many leading layers are without experts
+    dense_ffn_dim: int = 0  # their F
+    # Multi-head latent attention (arXiv 2405.04434, section 2.1): keys and values come from a latent of width
+    # ``kv_lora`` (0: ordinary attention), queries from one of ``q_lora`` (0: from D). The last ``rope_dim`` of a head's
+    # H turn, and their keys are shared by all heads; values are ``value_dim`` wide.
+    kv_lora: int = 0
+    q_lora: int = 0
+    rope_dim: int = 0
+    value_dim: int = 0
+    rope_interleaved: bool = False  # pairs that turn are (0, 1), (2, 3), ... instead of (i, i + half)
     moe_form: str = "auto"  # how experts are run, see models.moe; "auto" goes by the backend
     query_scalar: int | None = None  # scores are divided by its root; None: H
     attn_softcap: float | None = None  # scores become cap * tanh(score / cap) (Gemma 2)
@@ -106,8 +129,19 @@ class Config:
             raise ValueError(f"moe_form must be one of {', '.join(MOE_FORMS)}, not {self.moe_form!r}")
         if (self.experts > 0) != (self.family in MOE_FAMILIES):
             raise ValueError(f"a {self.family} model {'has no' if self.experts else 'needs'} experts")
-        if self.experts and not 1 <= self.top_k <= self.experts:
-            raise ValueError(f"top_k={self.top_k} must lie between 1 and experts={self.experts}")
+        if self.experts:
+            self._check_experts()
+        if (self.kv_lora > 0) != (self.family in MLA_FAMILIES):
+            raise ValueError(
+                f"a {self.family} model {'has no' if self.kv_lora else 'needs'} kv_lora, a latent for keys"
+            )
+        if self.kv_lora and not (0 < self.rope_dim < self.head_dim and self.value_dim > 0 and self.rope_dim % 2 == 0):
+            raise ValueError(
+                f"latent attention needs an even rope_dim below head_dim={self.head_dim} and a value_dim, got "
+                f"{self.rope_dim} and {self.value_dim}"
+            )
+        if self.kv_lora and (self.kv_heads != self.heads or self.sliding_window is not None or self.qkv_bias):
+            raise ValueError("latent attention has as many kv_heads as heads, no sliding window and no biases")
         if self.sliding_layers and (len(self.sliding_layers) != self.layers or self.sliding_window is None):
             raise ValueError(
                 f"sliding_layers says for each of the {self.layers} layers whether sliding_window applies; got "
@@ -123,6 +157,24 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
+    def _check_experts(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"top_k={self.top_k} must lie between 1 and experts={self.experts}")
+        if self.router_score not in ("softmax", "sigmoid"):
+            raise ValueError(f"router_score must be 'softmax' or 'sigmoid', not {self.router_score!r}")
+        if self.groups < 1 or self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
+            raise ValueError(
+                f"groups={self.groups} must divide experts={self.experts}, and top_groups={self.top_groups} lie "
+                "between 1 and groups"
+            )
+        if self.top_groups * self.experts // self.groups < self.top_k:
+            raise ValueError(f"top_groups={self.top_groups} of {self.groups} groups hold fewer than top_k={self.top_k}")
+        if not 0 <= self.first_dense < self.layers or (self.first_dense and self.dense_ffn_dim < 1):
+            raise ValueError(
+                f"first_dense={self.first_dense} must be less than layers={self.layers}, and its layers need a "
+                f"dense_ffn_dim, got {self.dense_ffn_dim}"
+            )
+
     def replace(self, **changes) -> "Config":
         """A copy with some fields changed; the result is validated again."""
         return dataclasses.replace(self, **changes)
@@ -132,13 +184,26 @@ class Config:
         """Per layer, whether it has the sliding window."""
         return self.sliding_layers or (self.sliding_window is not None,) * self.layers
 
+    @property
+    def moe_layers(self) -> int:
+        """Layers with experts: the last ones."""
+        return self.layers - self.first_dense if self.experts else 0
+
+    @property
+    def values_dim(self) -> int:
+        """Head width of values."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        scale, s = (self.query_scalar or self.head_dim) ** -0.5, self.rope_scaling
+        if self.kv_lora and s is not None and s.mscale_all and s.factor > 1:
+            scale *= (0.1 * s.mscale_all * math.log(s.factor) + 1.0) ** 2
+        return scale
+
     def num_params(self) -> int:
         """Number of weights, tied embeddings counted once."""
-        d, n, k, h, f = self.dim, self.heads, self.kv_heads, self.head_dim, self.ffn_dim
-        block = d * h * (n + 2 * k) + n * h * d + 2 * d
-        block += d * self.experts + self.experts * 3 * d * f if self.experts else 3 * d * f
-        block += h * (n + 2 * k) if self.qkv_bias else 0
-        block += 2 * h if self.qk_norm else 0
-        block += h * (n + k) if self.qk_norm_whole else 0
-        block += 2 * d if self.post_norms else 0
-        return self.layers * block + self.vocab_size * d * (1 if self.tie_embeddings else 2) + d
+        from models.params import count  # the declaration of parameters builds on this module
+
+        return count(self)

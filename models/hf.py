@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from models.params import Param, Params, declare
 from models.sharding import sharding_for
 from models.tokenizer import FILES, Tokenizer, load_tokenizer
 
-_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
+# Eight-bit weights are multiplied by the scales of their blocks as they are read, and are bfloat16 from there on.
+_DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "F8_E4M3": jnp.bfloat16}
+_SCALES = "_scale_inv"  # the tensor with the scales of the one without this ending
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Present in some files, computed by us: rotary frequencies, and the second name of tied embeddings.
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _DERIVED = re.compile(r".*rotary_emb\.inv_freq")
 # What a model folder may hold; anything else keeps `save` from replacing the folder.
 _OWN = re.compile(
@@ -55,13 +59,16 @@ class Model:
 
 
 def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | None = None) -> Model:
-    """Read a checkpoint of Llama 2 and 3, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text), Mixtral, Qwen3-MoE or OLMoE.
+    """Read a checkpoint of Llama 2 and 3, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text), Mixtral, Qwen3-MoE, OLMoE,
+    DeepSeek-V2 or DeepSeek-V3 (R1).
 
     path: a folder with config.json and safetensors (one file, or shards with an index), or the id of a model on the
     Hugging Face hub ("Qwen/Qwen3-0.6B"), which is downloaded.
     mesh: each device reads its own slices of the files; without one the weights go to the default device.
     dtype: "float32" or "bfloat16" for weights and activations; None keeps every tensor's own type, and computes in
-    bfloat16 if the embedding is stored in it, else in float32 (float16 has too small a range for training).
+    bfloat16 if the embedding is stored in it, else in float32 (float16 has too small a range for training). Weights of
+    eight bits with a scale per block (DeepSeek-V3) become bfloat16. Modules that predict more than the next token are
+    left out, with a warning that counts their tensors.
     A folder without tokenizer files gives ``tokenizer=None``.
 
     Raises FileNotFoundError (no such folder or file) and ValueError (something not implemented; tensors missing,
@@ -75,7 +82,8 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | N
     if (folder / "generation_config.json").is_file():
         generation = _read_json(folder / "generation_config.json")
     config = config_from_hf(fields, folder / "config.json", generation)
-    with _Checkpoint(folder, config) as checkpoint:
+    block = tuple((fields.get("quantization_config") or {}).get("weight_block_size") or (1, 1))
+    with _Checkpoint(folder, config, block) as checkpoint:
         read = lambda param: checkpoint.read(param, mesh, dtype)  # noqa: E731
         params = jax.tree.map(read, declare(config), is_leaf=lambda leaf: isinstance(leaf, Param))
     compute = "bfloat16" if params["embed"].dtype == jnp.bfloat16 else "float32"
@@ -120,9 +128,9 @@ def _leaves(config: Config) -> list[Param]:
 class _Checkpoint(contextlib.ExitStack):
     """The open safetensors files of one folder, checked against the declaration before anything is read."""
 
-    def __init__(self, folder: Path, config: Config):
+    def __init__(self, folder: Path, config: Config, block: tuple[int, int]):
         super().__init__()
-        self._folder = folder
+        self._folder, self._block = folder, block
         self._files: dict[str, Any] = {}
         self._where = self._locate()
         try:
@@ -164,6 +172,16 @@ class _Checkpoint(contextlib.ExitStack):
             raise ValueError(f"{self._folder}: {len(missing)} tensors are missing: {_some(missing)}")
         allowed = {"lm_head.weight"} if config.tie_embeddings else set()
         extra = [n for n in self._where.keys() - expected.keys() - allowed if not _DERIVED.fullmatch(n)]
+        extra = [n for n in extra if not (n.endswith(_SCALES) and n.removesuffix(_SCALES) in expected)]
+        # Modules for multi-token prediction stand behind the last layer, and are no part of the language model.
+        behind = [n for n in extra if (found := _LAYER.match(n)) and int(found[1]) >= config.layers]
+        if behind and config.kv_lora:
+            warnings.warn(
+                f"{self._folder}: {len(behind)} tensors of layers from {config.layers} on (multi-token prediction) are "
+                "left out",
+                stacklevel=4,
+            )
+            extra = [n for n in extra if n not in set(behind)]
         if extra:
             found = sorted(f"{n} (in {self._where[n]})" for n in extra)
             raise ValueError(
@@ -185,12 +203,26 @@ class _Checkpoint(contextlib.ExitStack):
                     f"{self._folder / self._where[name]}: tensor {name} has type {piece.get_dtype()}; "
                     f"readable: {', '.join(_DTYPES)}"
                 )
+            if piece.get_dtype() == "F8_E4M3":
+                self._slice(name)
+
+    def _slice(self, name: str) -> Any:
+        """A tensor of which parts can be read, with ``get_shape``, ``get_dtype`` and slices as safetensors has them."""
+        file = self._folder / self._where[name]
+        piece = self._open(self._where[name]).get_slice(name)
+        if piece.get_dtype() != "F8_E4M3":
+            return piece
+        if name + _SCALES not in self._where:
+            raise ValueError(f"{file}: tensor {name} has eight bits, but its scales {name + _SCALES} are missing")
+        scales = self._open(self._where[name + _SCALES]).get_tensor(name + _SCALES)
+        return _Scaled(file, name, tuple(piece.get_shape()), np.asarray(scales, np.float32), self._block)
 
     def read(self, param: Param, mesh: jax.sharding.Mesh | None, dtype: str | None) -> jax.Array:
         """One parameter as an array; each piece that devices share is read once."""
-        slices = [self._open(self._where[n]).get_slice(n) for n in param.hf_names]
+        slices = [self._slice(n) for n in param.hf_names]
         kinds = {_DTYPES[s.get_dtype()] for s in slices}
         kind = jnp.dtype(dtype) if dtype else jnp.result_type(*kinds)
+        kind = jnp.dtype("float32") if param.exact else kind
         sharding = sharding_for(mesh, param.shape, param.axes)
         if sharding is None:
             return jax.device_put(_read_piece(param, slices, (slice(None),) * len(param.shape), kind))
@@ -202,6 +234,36 @@ class _Checkpoint(contextlib.ExitStack):
             piece = _read_piece(param, slices, tuple(slice(*b) for b in bounds), kind)
             arrays += [jax.device_put(piece, device) for device in devices]
         return jax.make_array_from_single_device_arrays(param.shape, sharding, arrays)
+
+
+class _Scaled:
+    """A matrix of eight-bit floats in a safetensors file, multiplied by the scales of its blocks as parts are read.
+
+    The library has no such type for NumPy, so the bytes are mapped from the file here.
+    """
+
+    def __init__(self, file: Path, name: str, shape: tuple[int, ...], scales: np.ndarray, block: tuple[int, int]):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            start = json.loads(stream.read(size))[name]["data_offsets"][0]
+        self._bytes = np.memmap(file, jnp.float8_e4m3fn, "r", 8 + size + start, shape)
+        self._scales, self._block = scales, block
+        wanted = tuple(-(-n // b) for n, b in zip(shape, block, strict=True))
+        if scales.shape != wanted:
+            raise ValueError(
+                f"{file}: the scales of {name} have shape {scales.shape}; blocks of {block} in {shape} need {wanted}"
+            )
+
+    def get_shape(self) -> list[int]:
+        return list(self._bytes.shape)
+
+    def get_dtype(self) -> str:
+        return "F8_E4M3"
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        rows, columns = (np.arange(n)[part] for n, part in zip(self._bytes.shape, index, strict=True))
+        scales = self._scales[np.ix_(rows // self._block[0], columns // self._block[1])]
+        return self._bytes[index].astype(np.float32) * scales
 
 
 def _read_piece(param: Param, slices: list, index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:

@@ -6,12 +6,13 @@ What the decoder cannot do is an error that names it, never a silent difference 
 from pathlib import Path
 from typing import Any
 
-from models.config import FAMILIES, MOE_FAMILIES, Config, RopeScaling
+from models.config import FAMILIES, MLA_FAMILIES, MOE_FAMILIES, Config, RopeScaling
 
 _CLASSES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
     "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM", "olmoe": "OlmoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
 }  # fmt: skip
 # Names of activations in config.json, by ours.
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh",)}
@@ -47,7 +48,8 @@ _ROPE = {  # our field of RopeScaling -> the key in rope_parameters, by kind
     },
     "yarn": {
         "factor": "factor", "original_len": "original_max_position_embeddings", "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow", "attention_factor": "attention_factor", "truncate": "truncate",
+        "beta_slow": "beta_slow", "attention_factor": "attention_factor", "truncate": "truncate", "mscale": "mscale",
+        "mscale_all": "mscale_all_dim",
     },
 }  # fmt: skip
 
@@ -78,8 +80,6 @@ def _rope(fields: dict[str, Any], family: str, source: str | Path) -> dict[str, 
             continue
         if kind not in _ROPE:
             raise _refuse(source, f"{name}.rope_type {kind!r} (implemented: default, {', '.join(_ROPE)})")
-        if rope.get("mscale") or rope.get("mscale_all_dim"):
-            raise _refuse(source, f"{name}.mscale")
         values = {ours: rope[theirs] for ours, theirs in _ROPE[kind].items() if rope.get(theirs) is not None}
         if kind == "yarn":
             values.setdefault("original_len", fields.get("max_position_embeddings", 0))
@@ -98,7 +98,7 @@ def _windows(fields: dict[str, Any], family: str, layers: int, source: str | Pat
     """Our fields of the sliding window. Qwen uses its window only where ``use_sliding_window`` says so; Gemma's layers
     take turns."""
     window, kinds = fields.get("sliding_window", _WINDOW.get(family)), fields.get("layer_types")
-    if family == "llama" or (family in _QWEN and not fields.get("use_sliding_window", False)):
+    if family in ("llama", *MLA_FAMILIES) or (family in _QWEN and not fields.get("use_sliding_window", False)):
         if kinds and set(kinds) != {"full_attention"}:
             raise _refuse(source, f"layer_types {sorted(set(kinds))} without a sliding window")
         return {"sliding_window": None}
@@ -136,11 +136,13 @@ def _gemma(fields: dict[str, Any], family: str, source: str | Path) -> dict[str,
 
 def _width_name(family: str) -> str:
     """The field that holds the width of a feed-forward network, or of one expert."""
-    return "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+    return "moe_intermediate_size" if family in ("qwen3_moe", *MLA_FAMILIES) else "intermediate_size"
 
 
 def _experts_name(fields: dict[str, Any], family: str) -> str:
     """The field with the number of experts: transformers 5 has renamed it for Qwen3-MoE, and reads both."""
+    if family in MLA_FAMILIES:
+        return "n_routed_experts"
     return "num_local_experts" if family == "mixtral" or "num_local_experts" in fields else "num_experts"
 
 
@@ -153,6 +155,7 @@ def _experts(fields: dict[str, Any], family: str, source: str | Path) -> dict[st
     if fields.get("clip_qkv") is not None:
         raise _refuse(source, f"clip_qkv {fields['clip_qkv']}")
     out = {}
+    fields = {**_DEEPSEEK.get(family, {}), **fields}
     for ours, theirs in (("experts", _experts_name(fields, family)), ("top_k", "num_experts_per_tok")):
         if not isinstance(fields.get(theirs), int):
             raise ValueError(f"{source}: field {theirs!r} is missing or no whole number (found {fields.get(theirs)!r})")
@@ -160,6 +163,71 @@ def _experts(fields: dict[str, Any], family: str, source: str | Path) -> dict[st
     if family != "mixtral":
         out["norm_topk"] = bool(fields.get("norm_topk_prob", False))
     return out
+
+
+# What transformers' classes assume where a file does not say.
+_DEEPSEEK = {
+    "deepseek_v2": {
+        "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 64, "n_shared_experts": 2, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0,
+        "topk_method": "greedy",
+    },
+    "deepseek_v3": {
+        "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 256, "n_shared_experts": 1, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5,
+        "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "norm_topk_prob": True, "rope_interleave": True,
+    },
+}  # fmt: skip
+_DEEPSEEK_SAME = {  # our field -> theirs, where the value is the same
+    "kv_lora": "kv_lora_rank", "rope_dim": "qk_rope_head_dim", "value_dim": "v_head_dim",
+    "first_dense": "first_k_dense_replace", "routed_scale": "routed_scaling_factor",
+}  # fmt: skip
+
+
+def _deepseek(fields: dict[str, Any], family: str, source: str | Path) -> dict[str, Any]:
+    """Our fields that only DeepSeek's files have: latent attention, and the layout of its mixture."""
+    if family not in MLA_FAMILIES:
+        return {}
+    fields = {**_DEEPSEEK[family], **fields}
+    if fields.get("moe_layer_freq", 1) != 1:
+        raise _refuse(source, f"moe_layer_freq {fields['moe_layer_freq']}")
+    method, score = fields.get("topk_method"), fields.get("scoring_func")
+    known = ("greedy", "group_limited_greedy") if family == "deepseek_v2" else ("noaux_tc",)
+    if method not in (None, *known):
+        raise _refuse(source, f"topk_method {method!r}")
+    if score not in (None, "softmax" if family == "deepseek_v2" else "sigmoid"):
+        raise _refuse(source, f"scoring_func {score!r}")
+    if family == "deepseek_v2" and fields.get("norm_topk_prob"):
+        raise _refuse(source, "norm_topk_prob true (transformers ignores it for this family)")
+    grouped = method != "greedy"
+    return {
+        **{ours: fields[theirs] for ours, theirs in _DEEPSEEK_SAME.items()},
+        "q_lora": fields["q_lora_rank"] or 0,
+        "groups": (fields.get("n_group") or 1) if grouped else 1,
+        "top_groups": (fields.get("topk_group") or 1) if grouped else 1,
+        "shared_dim": fields["moe_intermediate_size"] * (fields["n_shared_experts"] or 0),
+        "dense_ffn_dim": fields.get("intermediate_size", 0) if fields["first_k_dense_replace"] else 0,
+        "rope_interleaved": bool(fields.get("rope_interleave", True)),
+    }
+
+
+def _deepseek_to_hf(config: Config) -> dict[str, Any]:
+    if config.shared_dim % config.ffn_dim:
+        raise ValueError(
+            f"a {config.family} checkpoint counts shared experts: shared_dim={config.shared_dim} must be a multiple of "
+            f"ffn_dim={config.ffn_dim}"
+        )
+    out = {theirs: getattr(config, ours) for ours, theirs in _DEEPSEEK_SAME.items()}
+    out |= {
+        "q_lora_rank": config.q_lora or None, "qk_nope_head_dim": config.head_dim - config.rope_dim,
+        "n_shared_experts": config.shared_dim // config.ffn_dim, "n_group": config.groups,
+        "topk_group": config.top_groups,
+    }  # fmt: skip
+    if config.first_dense:
+        out["intermediate_size"] = config.dense_ffn_dim
+    if config.family == "deepseek_v2":
+        return out | {"topk_method": "greedy" if config.groups == 1 else "group_limited_greedy"}
+    return out | {"rope_interleave": config.rope_interleaved}
 
 
 def config_from_hf(
@@ -187,12 +255,18 @@ def config_from_hf(
     for name in ("attention_bias", "mlp_bias"):  # Qwen2's q, k, v biases are fixed and have no field
         if fields.get(name) and not (name == "attention_bias" and family == "qwen2"):
             raise _refuse(source, f"{name} true")
-    if fields.get("quantization_config"):
-        method = fields["quantization_config"].get("quant_method")
-        raise _refuse(source, f"quantization_config ({method}); convert the weights to bfloat16 first")
+    if quantized := fields.get("quantization_config"):
+        method, block = quantized.get("quant_method"), quantized.get("weight_block_size")
+        if method != "fp8" or not (isinstance(block, list | tuple) and len(block) == 2):
+            raise _refuse(
+                source, f"quantization_config ({method}, blocks {block}); convert the weights to bfloat16 first"
+            )
     dim, heads, layers = (fields[n] for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     # A file that predates a field means the default of its class, which need not be hidden / heads.
     head_dim = fields.get("head_dim") or ("head_dim" not in fields and _HEAD_DIM.get(family)) or dim // heads
+    if family in MLA_FAMILIES:  # here the field holds the part that turns
+        known = {**_DEEPSEEK[family], **fields}
+        head_dim = known["qk_nope_head_dim"] + known["qk_rope_head_dim"]
     generation = generation or {}
     eos = _ids(fields.get("eos_token_id"))
     eos = tuple(dict.fromkeys(_ids(generation.get("eos_token_id")) + eos))
@@ -220,6 +294,7 @@ def config_from_hf(
         **_windows(fields, family, layers, source),
         **_experts(fields, family, source),
         **_gemma(fields, family, source),
+        **_deepseek(fields, family, source),
     )
 
 
@@ -267,8 +342,12 @@ def config_to_hf(
         }  # fmt: skip
         fields |= {"mlp_bias": False} if config.family == "llama" else {}
     for ours, theirs in _SAME.items():
-        if changed(ours):
+        if changed(ours) and not (ours == "head_dim" and config.kv_lora):
             fields[theirs] = getattr(config, ours)
+    if config.kv_lora:
+        new, old = _deepseek_to_hf(config), _deepseek_to_hf(before) if before else {}
+        fields |= {name: value for name, value in new.items() if name not in old or old[name] != value}
+    fields.pop("quantization_config", None)  # what is written is not quantised
     if changed("ffn_dim"):
         fields[_width_name(config.family)] = config.ffn_dim
     if config.experts:
@@ -328,7 +407,7 @@ def _windows_to_hf(config: Config) -> dict[str, Any]:
     window = config.sliding_window
     if config.family in ("mistral", "mixtral"):
         return {"sliding_window": window}
-    if config.family == "llama":
+    if config.family in ("llama", *MLA_FAMILIES):
         return {}
     kinds = ["sliding_attention" if slides else "full_attention" for slides in config.slides]
     if window is None and config.family.startswith("gemma"):

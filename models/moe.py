@@ -3,27 +3,35 @@
 ``dense`` runs every expert on every token and is the reference. ``block`` sorts the (token, choice) pairs by expert and
 runs them in blocks of one expert each: its work grows with top-k, not with the number of experts; the default on CPU.
 ``ragged`` is the same with ``lax.ragged_dot``, a grouped matrix product on TPU; the default elsewhere. All agree to
-rounding in values and gradients.
+rounding in values and gradients. Under a mesh each device runs its own experts by any of the three.
 
 Letters: M tokens, E experts, k choices per token, D width, F feed-forward width of one expert.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from models.config import Config
+from models.mlp import mlp
 from models.params import Params
+from models.sharding import spec_for
 from models.taps import Taps
+
+_FAR = 1e4  # more than scores and their biases can differ by, little enough to keep their order in float32
 
 
 def check_expert_mask(mask: np.ndarray, config: Config) -> None:
     """Raise ValueError unless ``mask`` is bool [L, E] and keeps at least top_k experts in every layer."""
     mask = np.asarray(mask)
-    if mask.shape != (config.layers, config.experts) or mask.dtype != bool:
+    if mask.shape != (config.moe_layers, config.experts) or mask.dtype != bool:
         raise ValueError(
-            f"expert_mask must be bool [layers, experts] = [{config.layers}, {config.experts}], got {mask.dtype} "
-            f"{list(mask.shape)}"
+            f"expert_mask must be bool [layers with experts, experts] = [{config.moe_layers}, {config.experts}], got "
+            f"{mask.dtype} {list(mask.shape)}"
         )
     kept = mask.sum(axis=1)
     if (kept < config.top_k).any():
@@ -34,20 +42,57 @@ def check_expert_mask(mask: np.ndarray, config: Config) -> None:
         )
 
 
-def route(x: jax.Array, layer: Params, config: Config, taps: Taps) -> tuple[jax.Array, jax.Array]:
+def route(
+    x: jax.Array, layer: Params, config: Config, taps: Taps, rows: tuple[str, ...] = ()
+) -> tuple[jax.Array, jax.Array]:
     """Chosen experts int32 [M, k] and their weights float32 [M, k] for tokens x [M, D].
 
-    Softmax over the experts that are not masked, then top-k; with ``norm_topk`` the weights of a token sum to 1.
-    layer: "router" [D, E], and "expert_mask" bool [E] if some are masked: those are never chosen.
+    Scores are a softmax over the experts that are not masked, or their sigmoids; the best k are chosen, from the best
+    ``top_groups`` groups where experts are in groups. A group counts by its best expert, with sigmoids by its best two
+    (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, and V3, arXiv 2412.19437, section 2.1.2). With ``norm_topk`` the
+    weights of a token sum to 1, before ``routed_scale``.
+    layer: "router" [D, E]; "router_bias" [E] float32, added to sigmoids for the choice alone; "expert_mask" bool [E] if
+    some are masked: those are never chosen. rows: mesh axes that tokens are split over.
     """
-    logits = jnp.einsum("md,de->me", x, layer["router"].astype(x.dtype)).astype(jnp.float32)
-    if "expert_mask" in layer:
+    logits = jnp.einsum("md,de->me", x, layer["router"].astype(x.dtype), preferred_element_type=jnp.float32)
+    masked = "expert_mask" in layer
+    if masked:
         logits = jnp.where(layer["expert_mask"], logits, -jnp.inf)
     logits = taps("moe.logits", logits)
-    weights, index = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), config.top_k)
+    if config.router_score == "sigmoid":
+        scores = jax.nn.sigmoid(logits)
+        choice = scores + layer["router_bias"]
+        if masked:
+            choice = jnp.where(layer["expert_mask"], choice, -jnp.inf)
+    else:
+        scores, choice = jax.nn.softmax(logits, axis=-1), logits  # logits order alike, and none underflows to a tie
+    choose = functools.partial(_choose, config=config)
+    if rows:  # the compiler would gather all tokens for a top-k, so each device is told to look at its own
+        choose = jax.shard_map(choose, in_specs=PartitionSpec(rows), out_specs=PartitionSpec(rows))
+    index = choose(choice)
+    weights = jnp.take_along_axis(scores, index, axis=-1)
     if config.norm_topk:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-    return taps("moe.index", index), taps("moe.weights", weights)
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return taps("moe.index", index), taps("moe.weights", weights * config.routed_scale)
+
+
+def _choose(choice: jax.Array, config: Config) -> jax.Array:
+    """The experts int32 [M, k] with the best scores [M, E]; one with -inf is never among them."""
+    if config.groups > 1:
+        choice = _best_groups(choice, config)
+    return jax.lax.top_k(choice, config.top_k)[1]
+
+
+def _best_groups(choice: jax.Array, config: Config) -> jax.Array:
+    """Scores [M, E] with those outside the best groups moved below all others: where a mask leaves the best groups
+    fewer than k experts, others fill up."""
+    groups = choice.reshape(*choice.shape[:-1], config.groups, -1)
+    best = jax.lax.top_k(groups, 2 if config.router_score == "sigmoid" else 1)[0]
+    # A masked expert adds nothing to its group, and a group without any other comes last.
+    total = jnp.where(jnp.isfinite(best[..., 0]), jnp.where(jnp.isfinite(best), best, 0.0).sum(-1), -jnp.inf)
+    order = jax.lax.top_k(total, config.top_groups)[1]
+    inside = jax.nn.one_hot(order, config.groups, dtype=bool).any(axis=-2)
+    return jnp.where(inside[..., None], groups, groups - _FAR).reshape(choice.shape)
 
 
 def _expert(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, product) -> jax.Array:
@@ -55,20 +100,27 @@ def _expert(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, produ
     return product(jax.nn.silu(product(x, gate)) * product(x, up), down)
 
 
-def _dense(x, gate, up, down, index, weights):
-    M, E = x.shape[0], gate.shape[0]
-    share = jnp.zeros((M, E), jnp.float32).at[jnp.arange(M)[:, None], index].add(weights)
+# Each form takes tokens x [M, D], matrices [E, D, F], [E, D, F], [E, F, D] and index [M, k], and returns what each
+# chosen expert makes of the token, [M, k, D]. An index of E means that the expert is elsewhere: its output is 0.
+
+
+def _dense(x, gate, up, down, index):
     act = jax.nn.silu(jnp.einsum("md,edf->mef", x, gate)) * jnp.einsum("md,edf->mef", x, up)
-    return jnp.einsum("mef,efd,me->md", act, down, share.astype(x.dtype))
+    return _rows_of(jnp.einsum("mef,efd->med", act, down), index)
 
 
-def _ragged(x, gate, up, down, index, weights):
-    M, k = index.shape
+def _rows_of(out: jax.Array, index: jax.Array) -> jax.Array:
+    """out [M, E, D] at index [M, k] -> [M, k, D], 0 where the index is E."""
+    return out.at[jnp.arange(len(out))[:, None], index].get(mode="fill", fill_value=0)
+
+
+def _ragged(x, gate, up, down, index):
+    (M, k), E = index.shape, gate.shape[0]
     order = jnp.argsort(index.reshape(-1), stable=True)
-    sizes = jnp.bincount(index.reshape(-1), length=gate.shape[0]).astype(jnp.int32)
+    sizes = jnp.zeros(E, jnp.int32).at[index.reshape(-1)].add(1, mode="drop")
     out = _expert(x[order // k], gate, up, down, lambda a, w: jax.lax.ragged_dot(a, w, sizes))
     back = jnp.zeros_like(order).at[order].set(jnp.arange(M * k), unique_indices=True)
-    return jnp.einsum("mkd,mk->md", out[back].reshape(M, k, -1), weights.astype(x.dtype))
+    return jnp.where((index < E)[..., None], out[back].reshape(M, k, -1), 0)
 
 
 def block_size(tokens: int, top_k: int, experts: int) -> int:
@@ -77,28 +129,35 @@ def block_size(tokens: int, top_k: int, experts: int) -> int:
     return min(128, max(8, 1 << (share - 1).bit_length()))
 
 
-def _block(x, gate, up, down, index, weights):
+def _block(x, gate, up, down, index):
     (M, k), E = index.shape, gate.shape[0]
     size = block_size(M, k, E)
     blocks = M * k // size + min(E, M * k)  # an expert fills its blocks but for the last
     flat = index.reshape(-1)
     order = jnp.argsort(flat, stable=True)
-    counts = jnp.bincount(flat, length=E)
+    counts = jnp.zeros(E, jnp.int32).at[flat].add(1, mode="drop")
     ends = jnp.cumsum(-(-counts // size) * size)  # in slots: every expert's run is padded to whole blocks
     first = ends - -(-counts // size) * size
-    rank = jnp.arange(M * k) - (jnp.cumsum(counts) - counts)[flat[order]]
-    slot_of_sorted = first[flat[order]] + rank
+    owners = flat[order]
+    rank = jnp.arange(M * k) - (jnp.cumsum(counts) - counts)[owners]
+    outside = blocks * size + jnp.arange(M * k)  # the slot of an expert that is elsewhere: out of range, each its own
+    slot_of_sorted = jnp.where(owners < E, first[owners] + rank, outside)
     slots = jnp.zeros(M * k, slot_of_sorted.dtype).at[order].set(slot_of_sorted, unique_indices=True)
-    token = jnp.full(blocks * size, M).at[slot_of_sorted].set(order // k, unique_indices=True)  # M: an empty slot
+    token = jnp.full(blocks * size, M)  # M: an empty slot
+    token = token.at[slot_of_sorted].set(order // k, unique_indices=True, mode="drop")
     rows = jnp.where((token < M)[:, None], x[jnp.minimum(token, M - 1)], 0).reshape(blocks, size, -1)
     owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks) * size, side="right"), E - 1)
+    used = jnp.arange(blocks) * size < ends[-1]
+
+    def run(rows, e):
+        return _expert(rows, gate[e], up[e], down[e], jnp.matmul)
 
     def step(_, block):
-        rows, e = block
-        return None, _expert(rows, gate[e], up[e], down[e], jnp.matmul)
+        rows, e, used = block
+        return None, jax.lax.cond(used, run, lambda rows, e: rows, rows, e)  # rows of an unused block are 0
 
-    out = jax.lax.scan(step, None, (rows, owner))[1].reshape(blocks * size, -1)
-    return jnp.einsum("mkd,mk->md", out[slots].reshape(M, k, -1), weights.astype(x.dtype))
+    out = jax.lax.scan(step, None, (rows, owner, used))[1].reshape(blocks * size, -1)
+    return out.at[slots].get(mode="fill", fill_value=0).reshape(M, k, -1)
 
 
 _FORMS = {"dense": _dense, "block": _block, "ragged": _ragged}
@@ -107,16 +166,89 @@ _FORMS = {"dense": _dense, "block": _block, "ragged": _ragged}
 def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     """The feed-forward part of a block with experts: x [B, T, D] -> [B, T, D].
 
-    layer: "router" [D, E]; "e_gate", "e_up" [E, D, F], "e_down" [E, F, D]; optionally "expert_mask" bool [E].
+    layer: "router" [D, E]; "e_gate", "e_up" [E, D, F], "e_down" [E, F, D]; "expert_mask" bool [E] if some are masked;
+    "router_bias" and the shared network "s_gate", "s_up", "s_down" where the model has them.
     """
     flat = x.reshape(-1, x.shape[-1])
-    index, weights = route(flat, layer, config, taps)
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = mesh.empty or mesh.size == 1
+    rows = () if alone else _names(spec_for(mesh, x.shape, ("batch", "time", "model"))[0])
+    index, weights = route(flat, layer, config, taps, rows)
     form = config.moe_form
     if form == "auto":
         form = "block" if jax.default_backend() == "cpu" else "ragged"
-    matrices = (layer[name].astype(x.dtype) for name in ("e_gate", "e_up", "e_down"))
-    out = _FORMS[form](flat, *matrices, index, weights)
-    return taps("moe.routed", out.reshape(x.shape))
+    matrices = tuple(layer[name].astype(x.dtype) for name in ("e_gate", "e_up", "e_down"))
+    tapped = taps.wants("moe.expert_out")
+    if alone:
+        out = _FORMS[form](flat, *matrices, index)
+    else:
+        out = _spread(x, matrices, index, None if tapped else weights, form, mesh, rows)
+    if out.ndim == 3:
+        out = taps("moe.expert_out", out.reshape(-1, *out.shape[-2:]))
+        out = jnp.einsum("mkd,mk->md", out, weights.astype(x.dtype))
+    out = taps("moe.routed", out.reshape(x.shape))
+    return out + mlp(x, layer, config, taps, shared=True) if config.shared_dim else out
+
+
+def _spread(x, matrices, index, weights, form: str, mesh, rows: tuple[str, ...]):
+    """The experts under a mesh: every device runs its own experts on its own tokens and those of its neighbours along
+    the ``expert`` axis. Returns [M, D], or without ``weights`` what each expert made of each token, [M, k, D].
+
+    Tokens go round by an all-gather and results come back by a reduce-scatter, so none is ever dropped. Sorting stays
+    on the device; left to the compiler, it would gather the tokens of all devices.
+    """
+    B, T, D = x.shape
+    axes = ("experts", "embed", "ffn"), ("experts", "embed", "ffn"), ("experts", "ffn", "embed")
+    specs = [spec_for(mesh, w.shape, names) for w, names in zip(matrices, axes, strict=True)]
+    by_token = PartitionSpec(rows or None, None, None)
+    others = tuple(a for a in mesh.axis_names if a not in rows)
+    split = {a for spec in specs for part in spec for a in _names(part) if a != "fsdp"}
+    extra = () if weights is None else (weights.reshape(B, T, -1),)
+
+    def local(x, index, *rest):
+        x = jax.lax.pcast(x, others, to="varying")
+        *weights, gate, up, down = rest
+        gate, up, down = (_whole(w, spec, mesh) for w, spec in zip((gate, up, down), specs, strict=True))
+        turns = "expert" in split and "expert" in rows
+        if turns:
+            x, index, *weights = (jax.lax.all_gather(v, "expert", tiled=True) for v in (x, index, *weights))
+        if "expert" in split:
+            here = index - jax.lax.axis_index("expert") * gate.shape[0]
+            index = jnp.where((here >= 0) & (here < gate.shape[0]), here, gate.shape[0])
+        k = index.shape[-1]
+        out = _FORMS[form](x.reshape(-1, D), gate, up, down, index.reshape(-1, k))
+        if weights:
+            out = jnp.einsum("mkd,mk->md", out, weights[0].reshape(-1, k).astype(x.dtype))
+        if turns:
+            out = jax.lax.psum_scatter(out, "expert", tiled=True)
+        # Along an axis that splits neither tokens nor experts all devices have computed the same.
+        out = jax.lax.psum(out, others) if others else out
+        same = math.prod(mesh.shape[a] for a in others if a not in split)
+        return (out / same if same > 1 else out).reshape(-1, T, *out.shape[1:])
+
+    out_specs = PartitionSpec(rows or None, None, None, *([None] if weights is None else []))
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(*[by_token] * (2 + len(extra)), *specs), out_specs=out_specs)
+    out = spread(x, index.reshape(B, T, -1), *extra, *matrices)
+    return out.reshape(-1, *out.shape[2:])
+
+
+def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def _whole(w: jax.Array, spec: PartitionSpec, mesh) -> jax.Array:
+    """A device's part of a matrix, gathered along the ``fsdp`` axis.
+
+    It is declared to differ between all devices here, so that the sum of its gradients over devices happens here too:
+    inside the loop over blocks, where devices take different branches, they would wait for each other for ever.
+    """
+    known = {a for part in spec for a in _names(part)}
+    w = jax.lax.pcast(w, tuple(a for a in mesh.axis_names if a not in known), to="varying")
+    for at, part in enumerate(spec):
+        if "fsdp" in _names(part):
+            w = jax.lax.all_gather(w, "fsdp", axis=at, tiled=True)
+    return w
 
 
 def keep_experts(params: Params, config: Config, mask: np.ndarray) -> tuple[Params, Config]:
@@ -134,7 +266,17 @@ def keep_experts(params: Params, config: Config, mask: np.ndarray) -> tuple[Para
         )
     chosen = jnp.asarray(np.stack([np.flatnonzero(row) for row in np.asarray(mask)]))  # [L, kept]
     layers = dict(params["layers"])
+    size = config.experts // config.groups
+    if config.groups > 1:
+        by_group = np.asarray(mask).reshape(len(mask), config.groups, size).sum(axis=-1)
+        if by_group.min() != by_group.max():
+            raise ValueError(
+                f"the mask keeps {by_group.min()} to {by_group.max()} experts of each of the {config.groups} groups "
+                "that routing goes by, a checkpoint has one number for all; mask instead, or keep equally many of each"
+            )
     for name in ("e_gate", "e_up", "e_down"):
         layers[name] = jnp.take_along_axis(layers[name], chosen[:, :, None, None], axis=1)
     layers["router"] = jnp.take_along_axis(layers["router"], chosen[:, None, :], axis=2)
+    if "router_bias" in layers:
+        layers["router_bias"] = jnp.take_along_axis(layers["router_bias"], chosen, axis=1)
     return {**params, "layers": layers}, config.replace(experts=int(kept[0]))

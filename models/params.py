@@ -31,6 +31,8 @@ class Param:
     init: "normal" (std ``init_std``), "residual" (std scaled by 1/sqrt(2 L)), "ones" or "zeros".
     hf: name in a HF checkpoint, ``{layer}`` for the layer index, ``{expert}`` for the expert's.
     transpose: the HF matrix is ``[out, in]`` and is turned; heads are folded in HF and unfolded here.
+    first: the number of its first layer in the model.
+    exact: float32 whatever the dtype of the model.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +40,8 @@ class Param:
     init: str
     hf: str
     transpose: bool = False
+    first: int = 0
+    exact: bool = False
 
     @property
     def stacked(self) -> int:
@@ -47,8 +51,8 @@ class Param:
     @property
     def hf_names(self) -> list[str]:
         """Names of its tensors, in the order of the leading axes."""
-        fields = [dict(zip(("layer", "expert"), at)) for at in np.ndindex(self.shape[: self.stacked])]
-        return [self.hf.format(**field) for field in fields]
+        places = np.ndindex(self.shape[: self.stacked])
+        return [self.hf.format(layer=self.first + at[0], expert=at[-1]) if at else self.hf for at in places]
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
@@ -74,57 +78,117 @@ _EXPERT_NAMES = {  # by whether it is Mixtral
 }  # fmt: skip
 
 
+def _attention(c: Config, layer: Callable[..., Param]) -> dict[str, Param]:
+    D, N, K, H = c.dim, c.heads, c.kv_heads, c.head_dim
+    scale = "zeros" if c.norm_offset else "ones"
+    heads, kv_heads = ("heads", "head_dim"), ("kv_heads", "head_dim")
+    if c.kv_lora:
+        return _latent_attention(c, layer)
+    out = {
+        "wq": layer((D, N, H), ("embed", *heads), "normal", "self_attn.q_proj", True),
+        "wk": layer((D, K, H), ("embed", *kv_heads), "normal", "self_attn.k_proj", True),
+        "wv": layer((D, K, H), ("embed", *kv_heads), "normal", "self_attn.v_proj", True),
+        "wo": layer((N, H, D), (*heads, "embed"), "residual", "self_attn.o_proj", True),
+    }
+    if c.qkv_bias:
+        for name, count, axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
+            out["b" + name] = layer((count, H), (axis, "head_dim"), "zeros", f"self_attn.{name}_proj", part="bias")
+    if c.qk_norm:
+        out["q_norm"] = layer((H,), ("norm",), scale, "self_attn.q_norm")
+        out["k_norm"] = layer((H,), ("norm",), scale, "self_attn.k_norm")
+    if c.qk_norm_whole:
+        out["q_norm"] = layer((N, H), heads, scale, "self_attn.q_norm")
+        out["k_norm"] = layer((K, H), kv_heads, scale, "self_attn.k_norm")
+    return out
+
+
+def _latent_attention(c: Config, layer: Callable[..., Param]) -> dict[str, Param]:
+    """DeepSeek's: a query from D or from its own latent, keys and values from one latent, with the shared turning key
+    behind it in one matrix."""
+    D, N, H, C = c.dim, c.heads, c.head_dim, c.kv_lora
+    heads = ("heads", "head_dim")
+    out = {
+        "wkv_a": layer((D, C + c.rope_dim), ("embed", "latent"), "normal", "self_attn.kv_a_proj_with_mqa", True),
+        "kv_a_norm": layer((C,), ("norm",), "ones", "self_attn.kv_a_layernorm"),
+        "wkv_b": layer((C, N, H - c.rope_dim + c.value_dim), ("latent", *heads), "normal", "self_attn.kv_b_proj", True),
+        "wo": layer((N, c.value_dim, D), (*heads, "embed"), "residual", "self_attn.o_proj", True),
+    }
+    if not c.q_lora:
+        return out | {"wq": layer((D, N, H), ("embed", *heads), "normal", "self_attn.q_proj", True)}
+    return out | {
+        "wq_a": layer((D, c.q_lora), ("embed", "latent"), "normal", "self_attn.q_a_proj", True),
+        "q_a_norm": layer((c.q_lora,), ("norm",), "ones", "self_attn.q_a_layernorm"),
+        "wq_b": layer((c.q_lora, N, H), ("latent", *heads), "normal", "self_attn.q_b_proj", True),
+    }
+
+
+def _gated(layer: Callable[..., Param], dim: int, width: int, ours: str, hf: str) -> dict[str, Param]:
+    """The three matrices of a gated feed-forward network."""
+    return {
+        ours + "gate": layer((dim, width), ("embed", "ffn"), "normal", hf + "gate_proj", True),
+        ours + "up": layer((dim, width), ("embed", "ffn"), "normal", hf + "up_proj", True),
+        ours + "down": layer((width, dim), ("ffn", "embed"), "residual", hf + "down_proj", True),
+    }
+
+
+def _mixture(c: Config, layer: Callable[..., Param]) -> dict[str, Param]:
+    D, E, F, names = c.dim, c.experts, c.ffn_dim, _EXPERT_NAMES[c.family == "mixtral"]
+    out = {
+        "router": layer((D, E), ("embed", "router"), "normal", names["router"], True),
+        "e_gate": layer((E, D, F), ("experts", "embed", "ffn"), "normal", names["gate"], True),
+        "e_up": layer((E, D, F), ("experts", "embed", "ffn"), "normal", names["up"], True),
+        "e_down": layer((E, F, D), ("experts", "ffn", "embed"), "residual", names["down"], True),
+    }
+    if c.router_score == "sigmoid":
+        name = f"{names['router']}.e_score_correction"
+        out["router_bias"] = layer((E,), ("router",), "zeros", name, part="bias", join="_", exact=True)
+    return out | (_gated(layer, D, c.shared_dim, "s_", "mlp.shared_experts.") if c.shared_dim else {})
+
+
+def _stack(c: Config, first: int, count: int, experts: bool) -> dict[str, Param]:
+    """The layers ``first`` to ``first + count``, all alike."""
+    scale = "zeros" if c.norm_offset else "ones"
+
+    def layer(shape, axes, init, hf, transpose=False, part="weight", join=".", exact=False):
+        name = f"model.layers.{{layer}}.{hf}{join}{part}"
+        return Param((count, *shape), ("layers", *axes), init, name, transpose, first, exact)
+
+    def norm(hf):
+        return layer((c.dim,), ("norm",), scale, hf)
+
+    before_mlp = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
+    out = {"attn_norm": norm("input_layernorm"), "mlp_norm": norm(before_mlp), **_attention(c, layer)}
+    if c.post_norms:
+        out["attn_post_norm"] = norm("post_attention_layernorm")
+        out["mlp_post_norm"] = norm("post_feedforward_layernorm")
+    if experts:
+        return out | _mixture(c, layer)
+    return out | _gated(layer, c.dim, c.dense_ffn_dim if c.first_dense else c.ffn_dim, "w_", "mlp.")
+
+
+def stacks(config: Config) -> list[tuple[str, int, int]]:
+    """The runs of layers that are alike, each stacked in a subtree of its own: (name, first layer, layers)."""
+    c = config
+    leading = [("dense_layers", 0, c.first_dense)] if c.first_dense else []
+    return [*leading, ("layers", c.first_dense, c.layers - c.first_dense)]
+
+
 def declare(config: Config) -> dict[str, Any]:
     """Nested dict of :class:`Param` for ``config``."""
     c = config
-    scale = "zeros" if c.norm_offset else "ones"
-    L, V, D, N, K, H, F = c.layers, c.vocab_size, c.dim, c.heads, c.kv_heads, c.head_dim, c.ffn_dim
-    block = "model.layers.{layer}."
-
-    def layer(shape, axes, init, hf, transpose=False):
-        return Param((L, *shape), ("layers", *axes), init, block + hf + ".weight", transpose)
-
-    layers = {
-        "attn_norm": layer((D,), ("norm",), scale, "input_layernorm"),
-        "wq": layer((D, N, H), ("embed", "heads", "head_dim"), "normal", "self_attn.q_proj", True),
-        "wk": layer((D, K, H), ("embed", "kv_heads", "head_dim"), "normal", "self_attn.k_proj", True),
-        "wv": layer((D, K, H), ("embed", "kv_heads", "head_dim"), "normal", "self_attn.v_proj", True),
-        "wo": layer((N, H, D), ("heads", "head_dim", "embed"), "residual", "self_attn.o_proj", True),
-        "mlp_norm": layer(
-            (D,), ("norm",), scale, "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
-        ),
-    }
-    if c.experts:
-        E, names = c.experts, _EXPERT_NAMES[c.family == "mixtral"]
-        layers["router"] = layer((D, E), ("embed", "router"), "normal", names["router"], True)
-        layers["e_gate"] = layer((E, D, F), ("experts", "embed", "ffn"), "normal", names["gate"], True)
-        layers["e_up"] = layer((E, D, F), ("experts", "embed", "ffn"), "normal", names["up"], True)
-        layers["e_down"] = layer((E, F, D), ("experts", "ffn", "embed"), "residual", names["down"], True)
-    else:
-        layers["w_gate"] = layer((D, F), ("embed", "ffn"), "normal", "mlp.gate_proj", True)
-        layers["w_up"] = layer((D, F), ("embed", "ffn"), "normal", "mlp.up_proj", True)
-        layers["w_down"] = layer((F, D), ("ffn", "embed"), "residual", "mlp.down_proj", True)
-    if c.qkv_bias:
-        for name, heads, axis in (("q", N, "heads"), ("k", K, "kv_heads"), ("v", K, "kv_heads")):
-            hf = f"{block}self_attn.{name}_proj.bias"
-            layers["b" + name] = Param((L, heads, H), ("layers", axis, "head_dim"), "zeros", hf)
-    if c.qk_norm:
-        layers["q_norm"] = layer((H,), ("norm",), scale, "self_attn.q_norm")
-        layers["k_norm"] = layer((H,), ("norm",), scale, "self_attn.k_norm")
-    if c.qk_norm_whole:
-        layers["q_norm"] = layer((N, H), ("heads", "head_dim"), scale, "self_attn.q_norm")
-        layers["k_norm"] = layer((K, H), ("kv_heads", "head_dim"), scale, "self_attn.k_norm")
-    if c.post_norms:
-        layers["attn_post_norm"] = layer((D,), ("norm",), scale, "post_attention_layernorm")
-        layers["mlp_post_norm"] = layer((D,), ("norm",), scale, "post_feedforward_layernorm")
-    tree = {
-        "embed": Param((V, D), ("vocab", "embed"), "normal", "model.embed_tokens.weight"),
-        "layers": layers,
-        "final_norm": Param((D,), ("norm",), scale, "model.norm.weight"),
-    }
+    tree = {"embed": Param((c.vocab_size, c.dim), ("vocab", "embed"), "normal", "model.embed_tokens.weight")}
+    for name, first, count in stacks(c):
+        tree[name] = _stack(c, first, count, bool(c.experts) and name == "layers")
+    tree["final_norm"] = Param((c.dim,), ("norm",), "zeros" if c.norm_offset else "ones", "model.norm.weight")
     if not c.tie_embeddings:
-        tree["head"] = Param((D, V), ("embed", "vocab"), "normal", "lm_head.weight", True)
+        tree["head"] = Param((c.dim, c.vocab_size), ("embed", "vocab"), "normal", "lm_head.weight", True)
     return tree
+
+
+def count(config: Config) -> int:
+    """Number of weights, tied embeddings counted once."""
+    leaves = jax.tree.leaves(declare(config), is_leaf=lambda leaf: isinstance(leaf, Param))
+    return sum(math.prod(param.shape) for param in leaves)
 
 
 def map_declared(function: Callable[[Param], Any], config: Config) -> Params:
@@ -132,10 +196,14 @@ def map_declared(function: Callable[[Param], Any], config: Config) -> Params:
     return jax.tree.map(function, declare(config), is_leaf=lambda leaf: isinstance(leaf, Param))
 
 
+def _dtype(param: Param, dtype: str) -> jnp.dtype:
+    return jnp.dtype("float32" if param.exact else dtype)
+
+
 def abstract(config: Config, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Params:
     """Shapes, dtypes and (given a mesh) shardings of the parameters: the target of a restore or an import."""
     return map_declared(
-        lambda p: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype), sharding=sharding_for(mesh, p.shape, p.axes)), config
+        lambda p: jax.ShapeDtypeStruct(p.shape, _dtype(p, dtype), sharding=sharding_for(mesh, p.shape, p.axes)), config
     )
 
 
@@ -144,9 +212,9 @@ def shardings(config: Config, mesh: jax.sharding.Mesh) -> Params:
     return map_declared(lambda p: sharding_for(mesh, p.shape, p.axes), config)
 
 
-def _init_leaf(param: Param, key: jax.Array, config: Config, dtype: jnp.dtype) -> jax.Array:
+def _init_leaf(param: Param, key: jax.Array, config: Config, dtype: str) -> jax.Array:
     if param.init in ("ones", "zeros"):
-        return getattr(jnp, param.init)(param.shape, dtype)
+        return getattr(jnp, param.init)(param.shape, _dtype(param, dtype))
     std = config.init_std / (math.sqrt(2 * config.layers) if param.init == "residual" else 1.0)
     return (std * jax.random.normal(key, param.shape, jnp.float32)).astype(dtype)
 
@@ -161,7 +229,7 @@ def init(config: Config, key: jax.Array, dtype: str = "float32", mesh: jax.shard
 
     def make(key):
         keys = jax.random.split(key, len(leaves))
-        arrays = [_init_leaf(p, k, config, jnp.dtype(dtype)) for p, k in zip(leaves, keys, strict=True)]
+        arrays = [_init_leaf(p, k, config, dtype) for p, k in zip(leaves, keys, strict=True)]
         return jax.tree.unflatten(tree, arrays)
 
     return jax.jit(make, out_shardings=shardings(config, mesh) if mesh is not None else None)(key)

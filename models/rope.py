@@ -16,8 +16,9 @@ def frequencies(config: Config, local: bool = False) -> tuple[np.ndarray, float]
     """
     own = local and config.local_rope_theta is not None
     theta, scaling = (config.local_rope_theta, None) if own else (config.rope_theta, config.rope_scaling)
-    plain = 1.0 / theta ** (np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    turned, factor = _scaled(plain, theta, config.head_dim, scaling) if scaling else (plain, 1.0)
+    width = config.rope_dim or config.head_dim
+    plain = 1.0 / theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
+    turned, factor = _scaled(plain, theta, width, scaling) if scaling else (plain, 1.0)
     return turned.astype(np.float32), factor
 
 
@@ -39,7 +40,10 @@ def _scaled(plain: np.ndarray, theta: float, width: int, s: RopeScaling) -> tupl
     stretch = np.clip((np.arange(width // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
     factor = s.attention_factor
     if factor is None:
-        factor = 0.1 * math.log(s.factor) + 1.0 if s.factor > 1 else 1.0
+        grow = math.log(s.factor)  # 0 for a factor of 1
+        factor = 0.1 * grow + 1.0
+        if s.mscale and s.mscale_all:
+            factor = (0.1 * s.mscale * grow + 1.0) / (0.1 * s.mscale_all * grow + 1.0)
     return plain * (1.0 - stretch) + plain / s.factor * stretch, factor
 
 
@@ -50,8 +54,12 @@ def rope_table(positions: jax.Array, config: Config, local: bool = False) -> tup
     return factor * jnp.cos(angle)[:, :, None, :], factor * jnp.sin(angle)[:, :, None, :]
 
 
-def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn the pairs (i, i + H/2) of x [B, T, heads, H]: the half-split layout of HF checkpoints."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array], interleaved: bool = False) -> jax.Array:
+    """Turn the pairs (i, i + H/2) of x [B, T, heads, H]: the half-split layout of HF checkpoints.
+
+    interleaved: the pairs are (2i, 2i + 1) instead; what comes out is half-split, which no score can tell.
+    """
+    (cos, sin), dtype = rope, x.dtype
+    x = x.astype(jnp.float32)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(dtype)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from models.config import Config
-from models.params import Params
+from models.params import Param, Params, declare, stacks
 from models.rope import rope_table
 from models.sharding import constrain
 from models.stops import StopTable
@@ -33,6 +33,7 @@ FINISH_LENGTH, FINISH_EOS, FINISH_STOP = 0, 1, 2  # FINISH_STOP + j means stop s
 @struct.dataclass
 class Session:
     """keys, values: one [B, K, S, H] array per layer; lens: int32 [B]; logits: float32 [B, V] for the next token.
+    With latent attention keys are [B, 1, S, latent + turning part] and there are no values.
 
     Heads stand before time: the other way round, attention over the cache takes two to nine times as long on CPU.
     """
@@ -79,32 +80,46 @@ def decode_weights(
     weights = _decode_weights(params, config, fuse)
     if expert_mask is None:
         return weights
-    masks = jnp.asarray(expert_mask)
-    layers = tuple({**layer, "expert_mask": masks[i]} for i, layer in enumerate(weights["layers"]))
-    return {**weights, "layers": layers}
+    masks = iter(jnp.asarray(expert_mask))
+    layers = ({**layer, "expert_mask": next(masks)} if "router" in layer else layer for layer in weights["layers"])
+    return {**weights, "layers": tuple(layers)}
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _decode_weights(params, config, fuse):
-    dtype = jnp.dtype(config.dtype)
+    exact = {name for name, p in _declared(config).items() if p.exact}
 
-    def one(i):
-        layer = {name: w[i].astype(dtype) for name, w in params["layers"].items()}
+    def cast(name, w):
+        return w if name in exact else w.astype(config.dtype)
+
+    def one(stack, i):
+        layer = {name: cast(name, w[i]) for name, w in params[stack].items()}
+        if config.kv_lora:
+            made = layer.pop("wkv_b")
+            layer["wk_up"], layer["wv_up"] = made[..., : -config.value_dim], made[..., -config.value_dim :]
         if fuse:
             flat = lambda w: w.reshape(config.dim, -1).T  # noqa: E731
-            layer["wqkv"] = jnp.concatenate([flat(layer.pop("w" + name)) for name in "qkv"], axis=0)
+            if not config.kv_lora:
+                layer["wqkv"] = jnp.concatenate([flat(layer.pop("w" + name)) for name in "qkv"], axis=0)
             if config.qkv_bias:
                 layer["bqkv"] = jnp.concatenate([layer.pop("b" + name).reshape(-1) for name in "qkv"])
             layer["wo_out"] = layer.pop("wo").reshape(-1, config.dim).T
-            if not config.experts:
-                layer["w_gate_up"] = jnp.concatenate([layer.pop("w_gate").T, layer.pop("w_up").T], axis=0)
-                layer["w_down_out"] = layer.pop("w_down").T
+            for kind in ("w_", "s_"):
+                if kind + "gate" in layer:
+                    pair = layer.pop(kind + "gate").T, layer.pop(kind + "up").T
+                    layer[kind + "gate_up"] = jnp.concatenate(pair, axis=0)
+                    layer[kind + "down_out"] = layer.pop(kind + "down").T
         return layer
 
-    top = {name: w.astype(dtype) for name, w in params.items() if name != "layers"}
+    names = [name for name, _, _ in stacks(config)]
+    top = {name: w.astype(config.dtype) for name, w in params.items() if name not in names}
     if fuse and "head" in top:
         top["head_out"] = top.pop("head").T
-    return {**top, "layers": tuple(one(i) for i in range(config.layers))}
+    return {**top, "layers": tuple(one(name, i) for name, _, count in stacks(config) for i in range(count))}
+
+
+def _declared(config: Config) -> dict[str, Param]:
+    return {name: p for stack, _, _ in stacks(config) for name, p in declare(config)[stack].items()}
 
 
 def _run(weights, config: Config, session: Session, tokens, counts, view: int):
@@ -132,8 +147,11 @@ def _run(weights, config: Config, session: Session, tokens, counts, view: int):
         def attend(q, k, v, taps, i=i, mask=mask):
             write = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
             keys[i] = keys[i].at[rows, :, slots].set(k, **write)
+            seen = keys[i][:, :, :view]
+            if v is None:
+                return attention(q, seen, seen[..., : config.kv_lora], mask, config, taps)
             values[i] = values[i].at[rows, :, slots].set(v, **write)
-            return attention(q, keys[i][:, :, :view], values[i][:, :, :view], mask, config, taps)
+            return attention(q, seen, values[i][:, :, :view], mask, config, taps)
 
         x = block(x, layer, rope, attend, config, Taps())
     hidden = rms_norm(x, weights["final_norm"], config)
@@ -148,9 +166,12 @@ def _last_logits(weights, config, hidden, counts):
 @functools.partial(jax.jit, static_argnames=("config", "size", "repeat"))
 def _prefill(weights, tokens, lengths, *, config, size, repeat):
     B, T = tokens.shape
-    shape = (B, config.kv_heads, T, config.head_dim)
+    latent = config.kv_lora + config.rope_dim
+    shape = (B, 1, T, latent) if config.kv_lora else (B, config.kv_heads, T, config.head_dim)
     empty = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.layers))
-    session = Session(empty, empty, jnp.zeros(B, jnp.int32), jnp.zeros((B, config.vocab_size), jnp.float32))
+    session = Session(
+        empty, () if config.kv_lora else empty, jnp.zeros(B, jnp.int32), jnp.zeros((B, config.vocab_size), jnp.float32)
+    )
     session, hidden = _run(weights, config, session, tokens, lengths, T)
     session = session.replace(logits=_last_logits(weights, config, hidden, lengths))
     session = jax.tree.map(lambda x: jnp.repeat(x, repeat, axis=0), session)

@@ -1,6 +1,7 @@
 """Meshes and the one table that maps logical axes to mesh axes.
 
-Mesh axes: ``data`` (replicated weights, split batch), ``fsdp`` (split weights and batch), ``expert`` and ``tensor``.
+Mesh axes: ``data`` (replicated weights, split batch), ``fsdp`` (split weights and batch), ``expert`` (split experts and
+batch) and ``tensor``.
 Arrays are named by logical axes; :data:`RULES` turns these into a ``PartitionSpec``. An axis that a mesh does not
 divide evenly stays whole: the program remains correct and only memory is lost.
 """
@@ -16,13 +17,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 AXES = ("data", "fsdp", "expert", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
     "experts": ("expert",),
+    "latent": (),  # of multi-head latent attention: every head needs all of it
     "router": (),  # columns of a router: every device routes its own tokens
     "layers": (),
     "head_dim": (),

@@ -14,15 +14,17 @@ from flax import struct
 
 from models.config import Config
 from models.linear import product
+from models.mlp import mlp
 from models.moe import moe
-from models.params import Params
+from models.params import Params, stacks
 from models.rope import apply_rope, rope_table
 from models.sharding import constrain
-from models.taps import BLOCK_SITES, Edit, Taps, check_sites
+from models.taps import Edit, Taps, check_sites, layers_of
 
 _UNROLLED_LAYERS = 4
 
-# (q [B,T,N,H], new keys k [B,T,K,H] and values v [B,T,K,H], taps) -> heads [B,T,N,H]
+# (q [B,T,N,H], new keys k [B,T,K,H] and values v [B,T,K,X], taps) -> heads [B,T,N,X]. Without v the values are the
+# first ``kv_lora`` columns of the keys: the latent.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Taps], jax.Array]
 
 
@@ -51,19 +53,62 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, config: Config, taps: Taps) -> jax.Array:
     """Grouped-query attention without repeating keys.
 
-    q [B,T,N,H]; k, v [B,K,S,H], heads in front of time, as batched matrix products want them; mask bool [B or 1,T,S],
-    True where a query may look. Scores and softmax in float32. Returns [B,T,N,H] in q's dtype.
+    q [B,T,N,H]; k [B,K,S,H] and v [B,K,S,X], heads in front of time, as batched matrix products want them; mask bool
+    [B or 1,T,S], True where a query may look. Scores and softmax in float32. Returns [B,T,N,X] in q's dtype.
     """
     B, T, N, H = q.shape
     K = k.shape[1]
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    scale = (config.query_scalar or H) ** -0.5
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * config.score_scale
     scores = softcap(scores, config.attn_softcap)
     scores = taps("attn.logits", jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min))
     probs = taps("attn.probs", jax.nn.softmax(scores, axis=-1))
-    heads = jnp.einsum("bkgts,bksh->bkgth", probs.astype(v.dtype), v)
-    return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+    heads = jnp.einsum("bkgts,bksx->bkgtx", probs.astype(v.dtype), v)
+    return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v.shape[-1])
+
+
+def _per_head(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [B, T, D] times w [D, N, H] -> [B, T, N, H]."""
+    return product(x, w.reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:])
+
+
+def _grouped_heads(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, taps: Taps) -> jax.Array:
+    """Heads [B, T, N, H] of ordinary attention."""
+    q, k, v = _qkv(x, layer, config)
+    if config.qk_norm_whole:
+        q, k = _whole_norm(q, layer["q_norm"], config), _whole_norm(k, layer["k_norm"], config)
+    elif config.qk_norm:
+        q = rms_norm(q, layer["q_norm"], config)
+        k = rms_norm(k, layer["k_norm"], config)
+    q, k, v = taps("attn.q", apply_rope(q, rope)), taps("attn.k", apply_rope(k, rope)), taps("attn.v", v)
+    return attend(q, k, v, taps)
+
+
+def _latent_heads(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, taps: Taps) -> jax.Array:
+    """Heads [B, T, N, X] of multi-head latent attention (arXiv 2405.04434, section 2.1).
+
+    Over a whole sequence keys and values are made per head. The sampler's layout ("wk_up", "wv_up", see
+    ``models.sample.decode_weights``) keeps the latent itself in the cache and moves the matrices to the other side of
+    the products: heads then share one key [latent, turning part], whose latent is also the value.
+    """
+    C, R = config.kv_lora, config.rope_dim
+    compressed = product(x, layer["wkv_a"])
+    latent = rms_norm(compressed[..., :C], layer["kv_a_norm"], config)
+    turning = apply_rope(compressed[:, :, None, C:], rope, config.rope_interleaved)  # one key for all heads
+    if config.q_lora:
+        q = _per_head(rms_norm(product(x, layer["wq_a"]), layer["q_a_norm"], config), layer["wq_b"])
+    else:
+        q = _per_head(x, layer["wq"])
+    plain, turned = q[..., :-R], apply_rope(q[..., -R:], rope, config.rope_interleaved)
+    if "wk_up" in layer:
+        q = jnp.concatenate([jnp.einsum("btnh,cnh->btnc", plain, layer["wk_up"].astype(x.dtype)), turned], axis=-1)
+        k = jnp.concatenate([latent[:, :, None], turning], axis=-1)
+        return jnp.einsum("btnc,cnx->btnx", attend(q, k, None, taps), layer["wv_up"].astype(x.dtype))
+    made = _per_head(latent, layer["wkv_b"])
+    k, v = made[..., : -config.value_dim], made[..., -config.value_dim :]
+    k = jnp.concatenate([k, jnp.broadcast_to(turning, (*k.shape[:-1], R))], axis=-1)
+    q = taps("attn.q", jnp.concatenate([plain, turned], axis=-1))
+    return attend(q, taps("attn.k", k), taps("attn.v", v), taps)
 
 
 def _qkv(x: jax.Array, layer: Params, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -76,26 +121,11 @@ def _qkv(x: jax.Array, layer: Params, config: Config) -> tuple[jax.Array, jax.Ar
         return joined[:, :, :N], joined[:, :, N : N + K], joined[:, :, N + K :]
     out = []
     for name in "qkv":
-        w = layer["w" + name]
-        y = product(x, w.reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:])
+        y = _per_head(x, layer["w" + name])
         if "b" + name in layer:
             y = y + layer["b" + name].astype(x.dtype)
         out.append(y)
     return tuple(out)
-
-
-def _mlp(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
-    if "w_gate_up" in layer:
-        gate, up = jnp.split(jnp.einsum("btd,fd->btf", x, layer["w_gate_up"].astype(x.dtype)), 2, axis=-1)
-    else:
-        gate = product(x, layer["w_gate"])
-        up = product(x, layer["w_up"])
-    activate = jax.nn.silu if config.activation == "silu" else jax.nn.gelu  # gelu's default is the tanh form
-    act = taps("mlp.act", activate(taps("mlp.gate", gate)) * up)
-    act = constrain(act, "batch", "time", "ffn")
-    if "w_down_out" in layer:
-        return jnp.einsum("btf,df->btd", act, layer["w_down_out"].astype(x.dtype))
-    return product(act, layer["w_down"])
 
 
 def _whole_norm(x: jax.Array, scale: jax.Array, config: Config) -> jax.Array:
@@ -107,14 +137,9 @@ def block(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, tap
     """One pre-norm decoder block. x [B,T,D]; ``attend`` decides what a query sees (the sequence, or a cache)."""
     x = taps("resid.pre", x)
     with jax.named_scope("attention"):
-        q, k, v = _qkv(rms_norm(x, layer["attn_norm"], config), layer, config)
-        if config.qk_norm_whole:
-            q, k = _whole_norm(q, layer["q_norm"], config), _whole_norm(k, layer["k_norm"], config)
-        elif config.qk_norm:
-            q = rms_norm(q, layer["q_norm"], config)
-            k = rms_norm(k, layer["k_norm"], config)
-        q, k, v = taps("attn.q", apply_rope(q, rope)), taps("attn.k", apply_rope(k, rope)), taps("attn.v", v)
-        heads = taps("attn.heads", attend(q, k, v, taps))
+        heads_of = _latent_heads if config.kv_lora else _grouped_heads
+        heads = heads_of(rms_norm(x, layer["attn_norm"], config), layer, rope, attend, config, taps)
+        heads = taps("attn.heads", heads)
         if "wo_out" in layer:
             out = jnp.einsum("bte,de->btd", heads.reshape(*x.shape[:2], -1), layer["wo_out"].astype(x.dtype))
         else:
@@ -124,7 +149,7 @@ def block(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, tap
         out = taps("attn.out", out)
         x = taps("resid.mid", constrain(x + out, "batch", "time", "model"))
     with jax.named_scope("mlp"):
-        feed_forward = moe if config.experts else _mlp
+        feed_forward = moe if "router" in layer else mlp
         out = feed_forward(rms_norm(x, layer["mlp_norm"], config), layer, config, taps)
         if config.post_norms:
             out = rms_norm(out, layer["mlp_post_norm"], config)
@@ -179,10 +204,11 @@ def forward(
     positions: int32 [B, T], default 0..T-1. segment_ids: int32 [B, T] for packed sequences (pass positions too).
     head: False leaves ``logits`` None, for callers that need only some of them.
     record, edit: taps, see ``models.taps``. Raises ValueError for unknown sites.
-    expert_mask: bool [L, E]; experts where it is False are never chosen (``models.moe.check_expert_mask``).
+    expert_mask: bool [L, E], a row for each layer with experts; those where it is False are never chosen
+    (``models.moe.check_expert_mask``).
     """
     chex.assert_rank(tokens, 2)
-    check_sites(record, edit, bool(config.experts))
+    check_sites(record, edit, config)
     B, T = tokens.shape
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T), (1, T))
@@ -194,26 +220,37 @@ def forward(
     views = [view(local) for local in sorted(set(config.slides))]
     mixed = len(views) == 2
     edge = Taps(record, edit)
-    slides = jnp.array(config.slides) if mixed else None
     x = edge("embed", constrain(embed(params, config, tokens), "batch", "time", "model"))
 
-    inner_record = tuple(name for name in record if name in BLOCK_SITES)
-    inner_edit = {name: hook for name, hook in (edit or {}).items() if name in BLOCK_SITES}
-
-    def step(x, scanned):
-        layer, hooks, slides = scanned
-        taps = Taps(inner_record, hooks)
-        rope, mask = jax.tree.map(lambda full, local: jnp.where(slides, local, full), *views) if mixed else views[0]
-        x = block(x, layer, rope, functools.partial(_attend_full, mask=mask, config=config), config, taps)
-        return x, taps.values
-
-    if config.remat:
-        step = jax.checkpoint(step)
     # A loop over few layers costs more than it saves: its backward pass copies every activation into a stacked buffer
     # (1.5x the time of a step on CPU). Deep models keep the loop, so that compile time does not grow with depth.
-    unroll = config.layers if config.layers <= _UNROLLED_LAYERS else 1
-    layers = params["layers"] if expert_mask is None else {**params["layers"], "expert_mask": expert_mask}
-    x, records = jax.lax.scan(step, x, (layers, inner_edit, slides), unroll=unroll)
+    unrolled = config.layers <= _UNROLLED_LAYERS
+    parts: dict[str, list[jax.Array]] = {}
+    for name, first, count in stacks(config):
+        layers = params[name]
+        if expert_mask is not None and name == "layers":
+            layers = {**layers, "expert_mask": expert_mask}
+        slides = jnp.array(config.slides[first : first + count]) if mixed else None
+        here = layers_of(config, first, count)
+        names = tuple(site for site in record if site in here)
+        hooks = {
+            site: jax.tree.map(lambda v, at=here[site]: v[at], h) for site, h in (edit or {}).items() if site in here
+        }
+
+        def step(x, scanned, names=names):
+            layer, hooks, slides = scanned
+            taps = Taps(names, hooks)
+            rope, mask = jax.tree.map(lambda full, local: jnp.where(slides, local, full), *views) if mixed else views[0]
+            x = block(x, layer, rope, functools.partial(_attend_full, mask=mask, config=config), config, taps)
+            return x, taps.values
+
+        step = jax.checkpoint(step) if config.remat else step
+        x, records = jax.lax.scan(step, x, (layers, hooks, slides), unroll=count if unrolled else 1)
+        for site, values in records.items():
+            parts.setdefault(site, []).append(values)
+    records = {
+        site: v[0] if len(v) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *v) for site, v in parts.items()
+    }
     hidden = edge("final", rms_norm(x, params["final_norm"], config))
     logits = unembed(params, config, hidden) if head else None
     return Output(logits, hidden, {**records, **edge.values})

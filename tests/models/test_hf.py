@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from models.hf_config import config_from_hf, config_to_hf
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 NAMES = (
     "llama", "llama3", "mistral", "qwen2", "qwen3", "qwen3_untied", "yarn", "gemma2", "gemma3", "mixtral",
-    "qwen3_moe", "olmoe",
+    "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v2_groups", "deepseek_v3",
 )  # fmt: skip
 
 
@@ -227,7 +228,6 @@ def test_what_a_file_leaves_out_is_its_class_default():
     [
         ({"model_type": "gemma3"}, "gemma3"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, "longrope"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}}, "mscale"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.*linear"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3.*original_len"),
         ({"rope_parameters": {"chunked_attention": {"rope_type": "default"}}}, "chunked_attention"),
@@ -340,3 +340,79 @@ def test_save_checks_the_parameters(tmp_path):
     with pytest.raises(ValueError, match="int32"):
         models.save(model.replace(params=jax.tree.map(lambda w: w.astype(jnp.int32), model.params)), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+BLOCK = (7, 5)
+
+
+def _eight_bits(source: Path) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint with its matrices in eight bits and a scale for every block, like DeepSeek-V3's."""
+    tensors = {}
+    for name, value in _tensors(source).items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = value.astype(jnp.bfloat16) if "bias" not in name else value
+            continue
+        rows, columns = (np.arange(n) // b for n, b in zip(value.shape, BLOCK, strict=True))
+        largest = np.zeros((rows.max() + 1, columns.max() + 1), np.float32)
+        np.maximum.at(largest, (rows[:, None], columns[None, :]), np.abs(value))
+        tensors[name + "_scale_inv"] = largest / 448  # the largest number of the format
+        tensors[name] = (value / (largest / 448)[np.ix_(rows, columns)]).astype(jnp.float8_e4m3fn)
+    return tensors
+
+
+def _as_eight_bits(source: Path, folder: Path) -> Path:
+    fields = _fields(source) | {
+        "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)}
+    }
+    folder.mkdir()
+    save_file(_eight_bits(source), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_eight_bit_weights_are_scaled_as_they_are_read(tmp_path):
+    folder = _as_eight_bits(FIXTURES / "deepseek_v3", tmp_path / "fp8")
+    model, exact = models.load(folder), models.load(FIXTURES / "deepseek_v3")
+    assert model.params["layers"]["e_up"].dtype == model.params["embed"].dtype == jnp.bfloat16
+    assert model.params["layers"]["router_bias"].dtype == jnp.float32
+    np.testing.assert_array_equal(model.params["layers"]["router_bias"], exact.params["layers"]["router_bias"])
+    for stack in ("dense_layers", "layers"):
+        for name, value in exact.params[stack].items():
+            # Half a unit of three bits behind the point, and bfloat16's rounding.
+            np.testing.assert_allclose(
+                model.params[stack][name].astype(jnp.float32), value, rtol=2**-4 + 2**-8, atol=3e-3
+            )
+    mesh = models.make_mesh(fsdp=2, expert=2, tensor=2)
+    sharded = models.load(folder, mesh=mesh)
+    chex.assert_trees_all_equal(jax.device_get(sharded.params), jax.device_get(model.params))
+    models.save(model, tmp_path / "bf16")
+    assert "quantization_config" not in _fields(tmp_path / "bf16")
+    chex.assert_trees_all_equal(models.load(tmp_path / "bf16").params, model.params)
+
+
+def test_wrong_scales_are_named(tmp_path):
+    folder = _as_eight_bits(FIXTURES / "deepseek_v3", tmp_path / "fp8")
+    file = folder / "model.safetensors"
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors = _eight_bits(FIXTURES / "deepseek_v3")
+    save_file({k: v for k, v in tensors.items() if k != name + "_scale_inv"}, file)
+    with pytest.raises(ValueError, match=f"{name} has eight bits.*_scale_inv are missing"):
+        models.load(folder)
+    save_file(tensors | {name + "_scale_inv": np.ones((2, 2), np.float32)}, file)
+    with pytest.raises(ValueError, match=r"scales of .*o_proj\.weight have shape \(2, 2\)"):
+        models.load(folder)
+    with pytest.raises(ValueError, match="quantization_config \\(awq"):
+        models.load(_copy("deepseek_v3", tmp_path / "awq", quantization_config={"quant_method": "awq"}))
+
+
+def test_modules_that_predict_further_tokens_are_left_out_and_counted(tmp_path):
+    folder = tmp_path / "mtp"
+    shutil.copytree(FIXTURES / "deepseek_v3", folder)
+    extra = {f"model.layers.3.{name}": np.ones((4, 4), np.float32) for name in ("eh_proj.weight", "enorm.weight")}
+    save_file(extra, folder / "model-extra.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(extra, "model-extra.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="2 tensors of layers from 3 on"):
+        model = models.load(folder)
+    chex.assert_trees_all_equal(model.params, models.load(FIXTURES / "deepseek_v3").params)

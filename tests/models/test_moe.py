@@ -1,5 +1,6 @@
 """Experts: three ways to run them agree, masked ones are never chosen, masking equals removing."""
 
+import re
 from pathlib import Path
 
 import chex
@@ -12,7 +13,8 @@ import models
 from models.config import Config
 from models.moe import block_size, check_expert_mask, keep_experts, moe, route
 from models.sample import decode, decode_weights, prefill
-from models.taps import Taps, sites
+from models.sharding import sharding_for
+from models.taps import Scale, Taps, sites
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 CONFIG = Config(
@@ -77,11 +79,11 @@ def test_the_work_of_blocks_follows_the_choices_not_the_experts():
     assert many <= 2 * few  # eight times the experts
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v2"])
 def test_a_masked_model_equals_one_without_those_experts(name):
     model = models.load(FIXTURES / name)
     tokens = jnp.asarray(np.load(FIXTURES / name / "expected.npz")["tokens"])
-    mask = np.ones((3, model.config.experts), bool)
+    mask = np.ones((model.config.moe_layers, model.config.experts), bool)
     mask[:, 1] = False
     masked = models.forward(model.params, model.config, tokens, expert_mask=jnp.asarray(mask), record=("moe.index",))
     assert not (np.asarray(masked.records["moe.index"]) == 1).any()
@@ -107,17 +109,157 @@ def test_the_sampler_honours_the_mask():
     assert np.asarray(free.tokens)[0, :new].tolist() != written[0].tolist()
 
 
-@pytest.mark.parametrize("axes", [{"expert": 4, "data": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}])
-def test_sharded_experts_agree_with_one_device(axes):
-    plain = models.load(FIXTURES / "qwen3_moe")
-    tokens = jnp.asarray(np.load(FIXTURES / "qwen3_moe" / "expected.npz")["tokens"])
+MESHES = [
+    {"expert": 8}, {"expert": 4, "data": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 4},
+    {"data": 2, "tensor": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"), [("qwen3_moe", MESHES[1]), ("deepseek_v3", MESHES[1]), ("deepseek_v3", MESHES[2])]
+)
+def test_sharded_experts_agree_with_one_device(axes, name):
+    plain = models.load(FIXTURES / name)
+    tokens = jnp.asarray(np.load(FIXTURES / name / "expected.npz")["tokens"])
     mesh = models.make_mesh(**axes)
-    model = models.load(FIXTURES / "qwen3_moe", mesh=mesh)
-    assert "expert" in str(model.params["layers"]["e_gate"].sharding.spec)
+    model = models.load(FIXTURES / name, mesh=mesh)
+    assert ("expert" in axes) == ("expert" in str(model.params["layers"]["e_gate"].sharding.spec))
     with models.use_mesh(mesh):
         logits = jax.jit(lambda p, t: models.forward(p, model.config, t).logits)(model.params, tokens)
     alone = models.forward(plain.params, plain.config, tokens).logits
     np.testing.assert_allclose(logits, alone, atol=1e-4 * float(jnp.abs(alone).max()))
+
+
+@pytest.mark.parametrize(
+    ("axes", "form", "rows"),
+    [*[(axes, "block", 8) for axes in MESHES], (MESHES[0], "block", 3), (MESHES[2], "block", 3),
+     (MESHES[1], "ragged", 8), (MESHES[2], "ragged", 8), (MESHES[2], "dense", 8)],
+)  # fmt: skip
+def test_values_and_gradients_under_a_mesh(axes, form, rows, key):
+    config = CONFIG.replace(experts=8, top_k=3, moe_form=form)
+    layer, x = layer_of(key, config), jax.random.normal(key, (rows, 5, config.dim))
+
+    def loss(layer, x):
+        out = moe(x, layer, config, Taps())
+        return jnp.sum(jnp.sin(out)), out
+
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    (_, out), grads = both(layer, x)
+    mesh = models.make_mesh(**axes)
+    names = {"router": ("embed", "router"), "e_gate": ("experts", "embed", "ffn"), "e_up": ("experts", "embed", "ffn"),
+             "e_down": ("experts", "ffn", "embed")}  # fmt: skip
+    layer = {n: jax.device_put(w, sharding_for(mesh, w.shape, names[n])) for n, w in layer.items()}
+    x = jax.device_put(x, sharding_for(mesh, x.shape, ("batch", "time", "model")))
+    with models.use_mesh(mesh):
+        (_, spread_out), spread_grads = both(layer, x)
+    np.testing.assert_allclose(spread_out, out, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(spread_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+def test_tokens_stay_on_their_device_where_experts_are_not_split(key):
+    config = CONFIG.replace(moe_form="block")
+    layer, x = layer_of(key, config), jax.random.normal(key, (8, 16, config.dim))
+    mesh = models.make_mesh(data=8)
+    x = jax.device_put(x, sharding_for(mesh, x.shape, ("batch", "time", "model")))
+    with models.use_mesh(mesh):
+        text = jax.jit(lambda x: moe(x, layer, config, Taps())).lower(x).compile().as_text()
+    # Sums over mesh axes of one device are left in the text.
+    moves = [line for line in text.splitlines() if re.search("= .*(all-|reduce-scatter|collective-permute)", line)]
+    assert all("replica_groups={{0},{1}" in line for line in moves), moves
+
+
+def test_what_experts_make_of_a_token_can_be_recorded_and_edited_under_a_mesh():
+    model = models.load(FIXTURES / "qwen3_moe")
+    tokens = jnp.asarray(np.load(FIXTURES / "qwen3_moe" / "expected.npz")["tokens"])
+    edit = {"moe.expert_out": Scale(jnp.array([1.0, 0.5, 2.0]))}
+
+    def run(params):
+        return models.forward(params, model.config, tokens, record=("moe.expert_out",), edit=edit)
+
+    alone = jax.jit(run)(model.params)
+    mesh = models.make_mesh(expert=4, fsdp=2)
+    with models.use_mesh(mesh):
+        spread = jax.jit(run)(models.load(FIXTURES / "qwen3_moe", mesh=mesh).params)
+    for a, b in ((spread.logits, alone.logits), (*spread.records.values(), *alone.records.values())):
+        np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def group_config(**changes) -> Config:
+    fields = {
+        "vocab_size": 20, "dim": 16, "layers": 2, "heads": 2, "kv_heads": 2, "head_dim": 8, "ffn_dim": 4,
+        "init_std": 0.5, "kv_lora": 4, "rope_dim": 4, "value_dim": 4, "family": "deepseek_v3",
+        "router_score": "sigmoid", "experts": 8, "top_k": 3, "groups": 4, "top_groups": 2,
+    }  # fmt: skip
+    return Config(**fields | changes)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_a_masked_expert_is_never_chosen_though_its_group_is_the_best(family, key):
+    score = {"deepseek_v2": "softmax", "deepseek_v3": "sigmoid"}[family]
+    config = group_config(family=family, router_score=score)
+    x = jax.random.normal(key, (200, config.dim))
+    layer = {"router": jax.random.normal(key, (config.dim, 8)), "router_bias": jnp.zeros(8).at[:4].set(50.0)}
+    for kept in ([0, 2, 5], [0, 1, 2], [1, 6, 7, 4]):  # best groups with fewer than three kept, or without any
+        mask = jnp.zeros(8, bool).at[jnp.array(kept)].set(True)
+        index, weights = route(x, layer | {"expert_mask": mask}, config, Taps())
+        assert set(np.unique(index)) <= set(kept)
+        assert (np.sort(index, axis=1)[:, 1:] != np.sort(index, axis=1)[:, :-1]).all()
+        assert np.isfinite(weights).all()
+        assert (np.asarray(weights) > 0).all()
+
+
+def test_a_masked_model_with_groups_equals_one_without_those_experts():
+    model = models.load(FIXTURES / "deepseek_v2_groups")
+    tokens = jnp.asarray(np.load(FIXTURES / "deepseek_v2_groups" / "expected.npz")["tokens"])
+    mask = np.tile([True, False, False, True], (3, 2))  # one of each group of two
+    masked = models.forward(model.params, model.config, tokens, expert_mask=jnp.asarray(mask)).logits
+    params, config = keep_experts(model.params, model.config, mask)
+    np.testing.assert_allclose(models.forward(params, config, tokens).logits, masked, atol=1e-4)
+    with pytest.raises(ValueError, match="0 to 2 experts of each of the 4 groups"):
+        keep_experts(model.params, model.config, np.tile([True, True, False, False], (3, 2)))
+
+
+def test_a_mask_of_deepseek_v3s_size(key):
+    """58 of 61 layers with 256 experts in 8 groups, half of them kept: the form of EASY-EP's published masks."""
+    config = group_config(
+        layers=61, first_dense=3, dense_ffn_dim=8, experts=256, top_k=8, groups=8, top_groups=4, init_std=0.3
+    )
+    mask = np.zeros((58, 256), bool)
+    np.put_along_axis(
+        mask, np.random.default_rng(0).permuted(np.tile(np.arange(256), (58, 1)), axis=1)[:, :128], True, 1
+    )
+    check_expert_mask(mask, config)
+    params = models.init(config, key)
+    run = jax.jit(
+        lambda m: models.forward(params, config, jnp.ones((1, 8), jnp.int32), record=("moe.index",), expert_mask=m)
+    )
+    index = np.asarray(run(jnp.asarray(mask)).records["moe.index"])
+    chex.assert_shape(index, (58, 8, 8))
+    assert np.take_along_axis(mask[:, None], index, axis=2).all()
+
+
+def test_taps_of_a_model_whose_first_layers_have_no_experts():
+    model = models.load(FIXTURES / "deepseek_v3")
+    config, tokens = model.config, jnp.asarray([[5, 6, 7, 8]])
+    out = models.forward(model.params, config, tokens, record=sites(config))
+    rows = {name: value.shape[0] for name, value in out.records.items() if name not in ("embed", "final")}
+    assert {n for n, count in rows.items() if count == 1} == {"mlp.gate", "mlp.act"}
+    assert {n for n, count in rows.items() if count == 2} == {n for n in rows if n.startswith("moe.")}
+    assert set(rows.values()) == {1, 2, 3}
+    r = out.records
+    np.testing.assert_array_equal(r["resid.pre"][1:], r["resid.post"][:-1])
+    ones = jnp.ones((3, 1, 1, config.dim))
+    edited = models.forward(
+        model.params, config, tokens, record=("mlp.out",), edit={"mlp.out": Scale(ones.at[2].set(0.0))}
+    )
+    assert np.asarray(edited.records["mlp.out"][:2]).any()
+    assert not np.asarray(edited.records["mlp.out"][2]).any()
+    cut = models.forward(
+        model.params, config, tokens, edit={"mlp.act": Scale(jnp.zeros((1, 1, 1, 80)))}, record=("mlp.out",)
+    )
+    assert not np.asarray(cut.records["mlp.out"][0]).any()
+    assert np.asarray(cut.records["mlp.out"][1]).any()
 
 
 @pytest.mark.parametrize(
@@ -149,6 +291,12 @@ def test_a_checkpoint_has_one_number_of_experts():
         ({"family": "llama"}, "has no experts"),
         ({"top_k": 7}, "top_k=7"),
         ({"moe_form": "sparse"}, "dense, block, ragged"),
+        ({"groups": 4}, "groups=4 must divide experts=6"),
+        ({"groups": 3, "top_groups": 4}, "top_groups=4"),
+        ({"groups": 6}, "hold fewer than top_k=2"),
+        ({"first_dense": 2, "dense_ffn_dim": 8}, "first_dense=2"),
+        ({"kv_lora": 4}, "has no kv_lora"),
+        ({"router_score": "tanh"}, "router_score"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
@@ -158,10 +306,13 @@ def test_bad_configs_are_refused(changes, message):
 
 def test_sites_are_those_of_the_model(key):
     params, tokens = models.init(CONFIG, key), jnp.asarray([[3, 4, 5]])
-    records = models.forward(params, CONFIG, tokens, record=sites(experts=True)).records
+    records = models.forward(params, CONFIG, tokens, record=sites(CONFIG)).records
     L, M, E, k = CONFIG.layers, 3, CONFIG.experts, CONFIG.top_k
     chex.assert_shape(records["moe.logits"], (L, M, E))
     chex.assert_shape([records["moe.index"], records["moe.weights"]], (L, M, k))
+    chex.assert_shape(records["moe.expert_out"], (L, M, k, CONFIG.dim))
+    together = jnp.einsum("lmkd,lmk->lmd", records["moe.expert_out"], records["moe.weights"])
+    np.testing.assert_allclose(together[:, None], records["moe.routed"], atol=1e-6)
     chex.assert_shape([records["moe.routed"], records["mlp.out"]], (L, 1, M, CONFIG.dim))
     np.testing.assert_allclose(records["moe.weights"].sum(-1), 1.0, atol=1e-6)
     with pytest.raises(ValueError, match=r"mlp\.act.*moe\.index"):

@@ -24,7 +24,7 @@ def params():
 
 
 def test_every_site_is_recorded_with_its_shape(params):
-    out = jax.jit(lambda p: forward(p, CONFIG, TOKENS, record=sites(experts=False)))(params)
+    out = jax.jit(lambda p: forward(p, CONFIG, TOKENS, record=sites(CONFIG)))(params)
     L, D, N, K, H, F = 3, 16, 4, 2, 6, 20
     shapes = {
         "embed": (B, T, D), "final": (B, T, D),
