@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from models.config import Config
 from models.mlp import mlp
 from models.params import Params
+from models.platform import platform
 from models.sharding import spec_for
 from models.taps import Taps
 
@@ -176,7 +177,7 @@ def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     index, weights = route(flat, layer, config, taps, rows)
     form = config.moe_form
     if form == "auto":
-        form = "block" if jax.default_backend() == "cpu" else "ragged"
+        form = "block" if platform() == "cpu" else "ragged"
     matrices = tuple(layer[name].astype(x.dtype) for name in ("e_gate", "e_up", "e_down"))
     tapped = taps.wants("moe.expert_out")
     if alone:
