@@ -11,6 +11,7 @@ _EXPORTS = {
     "Generation": "generation",
     "Model": "hf",
     "Output": "transformer",
+    "Reduced": "taps",
     "Session": "sample",
     "abstract": "params",
     "build_word_tokenizer": "tokenizer",

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from models.attention import Look, attention
 from models.config import Config
 from models.params import Param, Params, declare, stacks
 from models.rope import rope_table
 from models.sharding import constrain
 from models.stops import StopTable
 from models.taps import Taps
-from models.transformer import attention, block, embed, rms_norm, unembed
+from models.transformer import block, embed, rms_norm, unembed
 
 FINISH_LENGTH, FINISH_EOS, FINISH_STOP = 0, 1, 2  # FINISH_STOP + j means stop string j
 
@@ -131,27 +132,25 @@ def _run(weights, config: Config, session: Session, tokens, counts, view: int):
     # Padding goes out of range, each token to its own slot, since the scatter drops those and is told of no repeats.
     slots = jnp.where(offsets < counts[:, None], positions, S + offsets)
     rows = jnp.arange(B)[:, None]
-    keys_at = jnp.arange(view)[None, None, :]
-    causal = keys_at <= positions[:, :, None]
 
     def kind(local: bool):  # what the queries of a layer turn by and look at
-        near = positions[:, :, None] - keys_at < config.sliding_window if local else True
-        return rope_table(positions, config, local), causal & near
+        window = jnp.int32(config.sliding_window) if local else None
+        return rope_table(positions, config, local), Look(positions, window)
 
     kinds = {local: kind(local) for local in set(config.slides)}
     x = embed(weights, config, tokens)
     keys, values = list(session.keys), list(session.values)
     for i, layer in enumerate(weights["layers"]):
-        rope, mask = kinds[config.slides[i]]
+        rope, look = kinds[config.slides[i]]
 
-        def attend(q, k, v, taps, i=i, mask=mask):
+        def attend(q, k, v, taps, i=i, look=look):
             write = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
             keys[i] = keys[i].at[rows, :, slots].set(k, **write)
             seen = keys[i][:, :, :view]
             if v is None:
-                return attention(q, seen, seen[..., : config.kv_lora], mask, config, taps)
+                return attention(q, seen, seen[..., : config.kv_lora], look, config, taps)
             values[i] = values[i].at[rows, :, slots].set(v, **write)
-            return attention(q, seen, values[i][:, :, :view], mask, config, taps)
+            return attention(q, seen, values[i][:, :, :view], look, config, taps)
 
         x = block(x, layer, rope, attend, config, Taps())
     hidden = rms_norm(x, weights["final_norm"], config)

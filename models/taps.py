@@ -4,8 +4,12 @@
 site to a pytree with a ``__call__(x) -> x`` whose arrays have that layer axis in front: they are scanned along with the
 layers, so an edit can differ by layer and new values never recompile. With neither, the compiled program is the one
 without this module.
+
+``reduce`` maps a name of the caller's to a :class:`Reduced`: what is kept of a layer is a function of some of its
+sites, made before the next layer begins. A sum over a long prompt then costs the memory of the sum.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,6 +60,25 @@ class Replace:
         return jax.numpy.where(self.mask, self.value.astype(x.dtype), x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reduced:
+    """What to keep of the sites of one layer.
+
+    sites: names of sites. function: ``{site: array} -> pytree``, called once per layer; its results come stacked over
+    the layers that have all of these sites. With ``by_block`` it is for "attn.logits" and "attn.probs" of long prompts:
+    called as ``function({site: [B, K, G, t, S]}, slots)`` for blocks of t queries that stand at ``slots`` int32
+    [B or 1, t] (-1: no query), and its results are summed over the blocks.
+    """
+
+    sites: tuple[str, ...]
+    function: Callable[..., Any]
+    by_block: bool = False
+
+    def __post_init__(self):
+        if self.by_block and not set(self.sites) <= {"attn.logits", "attn.probs"}:
+            raise ValueError(f"only attn.logits and attn.probs come in blocks of queries, not {', '.join(self.sites)}")
+
+
 _DENSE_ONLY = ("mlp.gate", "mlp.act")
 _EXPERTS_ONLY = tuple(name for name in BLOCK_SITES if name.startswith("moe."))
 
@@ -81,29 +104,73 @@ def sites(config: Config) -> tuple[str, ...]:
     return tuple(name for name in SITES if name not in absent)
 
 
-def check_sites(record: tuple[str, ...], edit: Mapping[str, Edit] | None, config: Config) -> None:
+def check_sites(
+    record: tuple[str, ...],
+    edit: Mapping[str, Edit] | None,
+    config: Config,
+    reduce: Mapping[str, Reduced] | None = None,
+) -> None:
     """Raise ValueError for a site that the model does not have, listing those that it has."""
     known = sites(config)
-    for name in (*record, *(edit or ())):
+    reduced = [site for what in (reduce or {}).values() for site in what.sites]
+    for name in (*record, *(edit or ()), *reduced):
         if name not in known:
             raise ValueError(f"unknown tap site {name!r}; sites: {', '.join(known)}")
+    if twice := set(record) & set(reduce or ()):
+        raise ValueError(f"{sorted(twice)[0]!r} is both recorded and the name of something reduced; rename that")
 
 
 class Taps:
-    """Trace-time object handed through one block; collects what was asked for."""
+    """Trace-time object handed through one block; collects what was asked for.
 
-    def __init__(self, record: tuple[str, ...] = (), edit: Mapping[str, Edit] | None = None):
-        self.record = record
-        self.edit = edit or {}
+    An edit of attention scores that can work on blocks of queries has ``by_block = True`` and is called with the slots
+    of the queries too, as :class:`Reduced` says.
+    """
+
+    def __init__(
+        self,
+        record: tuple[str, ...] = (),
+        edit: Mapping[str, Edit] | None = None,
+        reduce: Mapping[str, Reduced] | None = None,
+    ):
+        self.record, self.edit, self.reduce = record, edit or {}, reduce or {}
         self.values: dict[str, Any] = {}
+        self._kept: dict[str, jax.Array] = {}
+        self._needed = {site for what in self.reduce.values() for site in what.sites}
 
     def wants(self, name: str) -> bool:
-        """Whether a site is recorded or edited."""
-        return name in self.record or name in self.edit
+        """Whether a site is recorded, edited or reduced as a whole."""
+        reduced = any(name in what.sites and not what.by_block for what in self.reduce.values())
+        edited = name in self.edit and not getattr(self.edit[name], "by_block", False)
+        return name in self.record or edited or reduced
 
-    def __call__(self, name: str, x: jax.Array) -> jax.Array:
+    def wants_blocks(self, name: str) -> bool:
+        """Whether a site has a hook at all, be it one that works on blocks."""
+        return name in self.record or name in self.edit or name in self._needed
+
+    def __call__(self, name: str, x: jax.Array, slots: jax.Array | None = None) -> jax.Array:
         if name in self.edit:
-            x = self.edit[name](x)
+            hook = self.edit[name]
+            x = hook(x, slots) if getattr(hook, "by_block", False) else hook(x)
         if name in self.record:
             self.values[name] = x
+        if name in self._needed:
+            self._kept[name] = x
         return x
+
+    def for_block(self) -> "Taps":
+        """Hooks for one block of queries, whose values are its own."""
+        blocks = {name: what for name, what in self.reduce.items() if what.by_block}
+        return Taps((), {name: h for name, h in self.edit.items() if name.startswith("attn.")}, blocks)
+
+    def reduce_block(self, slots: jax.Array) -> dict[str, Any]:
+        """What the reductions by block make of the scores seen last."""
+        blocks = {name: what for name, what in self.reduce.items() if what.by_block}
+        return {name: w.function({s: self._kept[s] for s in w.sites}, slots) for name, w in blocks.items()}
+
+    def finish(self) -> dict[str, Any]:
+        """All values of the layer, at its end."""
+        for name, what in self.reduce.items():
+            if not what.by_block:
+                self.values[name] = what.function({site: self._kept[site] for site in what.sites})
+        return self.values

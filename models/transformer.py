@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from models.attention import Look, attention, softcap
 from models.config import Config
 from models.linear import product
 from models.mlp import mlp
@@ -19,7 +20,7 @@ from models.moe import moe
 from models.params import Params, stacks
 from models.rope import apply_rope, rope_table
 from models.sharding import constrain
-from models.taps import Edit, Taps, check_sites, layers_of
+from models.taps import Edit, Reduced, Taps, check_sites, layers_of
 
 _UNROLLED_LAYERS = 4
 
@@ -30,7 +31,8 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array, Taps], jax.Array]
 
 @struct.dataclass
 class Output:
-    """logits: [B, T, V] float32 or None; hidden: [B, T, D] after the final norm; records: site -> [L, ...]."""
+    """logits: [B, T, V] float32 or None; hidden: [B, T, D] after the final norm; records: site, or name of
+    something reduced, -> [L, ...]."""
 
     logits: jax.Array | None
     hidden: jax.Array
@@ -43,28 +45,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, config: Config) -> jax.Array:
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
     scale = scale.astype(jnp.float32)
     return (y * (1.0 + scale if config.norm_offset else scale)).astype(x.dtype)
-
-
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap * tanh(x / cap), or x itself."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, config: Config, taps: Taps) -> jax.Array:
-    """Grouped-query attention without repeating keys.
-
-    q [B,T,N,H]; k [B,K,S,H] and v [B,K,S,X], heads in front of time, as batched matrix products want them; mask bool
-    [B or 1,T,S], True where a query may look. Scores and softmax in float32. Returns [B,T,N,X] in q's dtype.
-    """
-    B, T, N, H = q.shape
-    K = k.shape[1]
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * config.score_scale
-    scores = softcap(scores, config.attn_softcap)
-    scores = taps("attn.logits", jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min))
-    probs = taps("attn.probs", jax.nn.softmax(scores, axis=-1))
-    heads = jnp.einsum("bkgts,bksx->bkgtx", probs.astype(v.dtype), v)
-    return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N, v.shape[-1])
 
 
 def _per_head(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -174,18 +154,6 @@ def embed(weights: Params, config: Config, tokens: jax.Array) -> jax.Array:
     return x * jnp.asarray(config.dim**0.5, x.dtype) if config.scale_embed else x  # the factor is rounded as HF's is
 
 
-def causal_mask(positions: jax.Array, segment_ids: jax.Array | None, window: int | None) -> jax.Array:
-    """bool [B or 1, T, T]: a query sees earlier positions of its own segment, at most ``window`` of them."""
-    B, T = positions.shape
-    query, key = jnp.arange(T)[:, None], jnp.arange(T)[None, :]
-    mask = (key <= query)[None]
-    if window is not None:
-        mask = mask & (query - key < window)[None]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return mask
-
-
 def forward(
     params: Params,
     config: Config,
@@ -197,28 +165,29 @@ def forward(
     record: tuple[str, ...] = (),
     edit: Mapping[str, Edit] | None = None,
     expert_mask: jax.Array | None = None,
+    reduce: Mapping[str, Reduced] | None = None,
 ) -> Output:
     """Run the decoder over right-padded sequences.
 
     tokens: int32 [B, T]. Padding goes on the right, where causal attention keeps it from reaching any real token.
     positions: int32 [B, T], default 0..T-1. segment_ids: int32 [B, T] for packed sequences (pass positions too).
     head: False leaves ``logits`` None, for callers that need only some of them.
-    record, edit: taps, see ``models.taps``. Raises ValueError for unknown sites.
+    record, edit, reduce: taps, see ``models.taps``. Raises ValueError for unknown sites.
     expert_mask: bool [L, E], a row for each layer with experts; those where it is False are never chosen
     (``models.moe.check_expert_mask``).
     """
     chex.assert_rank(tokens, 2)
-    check_sites(record, edit, config)
+    check_sites(record, edit, config, reduce)
     B, T = tokens.shape
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T), (1, T))
 
-    def view(local: bool):  # what the queries of a layer turn by and look at
-        window = config.sliding_window if local else None
-        return rope_table(positions, config, local), causal_mask(positions, segment_ids, window)
-
-    views = [view(local) for local in sorted(set(config.slides))]
-    mixed = len(views) == 2
+    mixed = len(set(config.slides)) == 2
+    ropes = [rope_table(positions, config, local) for local in sorted(set(config.slides))]
+    look = Look(
+        jnp.arange(T)[None], None if config.sliding_window is None else jnp.int32(config.sliding_window), segment_ids,
+        straight=True, sliding=None if mixed else config.sliding_window, varies=mixed,
+    )  # fmt: skip
     edge = Taps(record, edit)
     x = edge("embed", constrain(embed(params, config, tokens), "batch", "time", "model"))
 
@@ -233,16 +202,20 @@ def forward(
         slides = jnp.array(config.slides[first : first + count]) if mixed else None
         here = layers_of(config, first, count)
         names = tuple(site for site in record if site in here)
+        sums = {name: what for name, what in (reduce or {}).items() if set(what.sites) <= set(here)}
         hooks = {
             site: jax.tree.map(lambda v, at=here[site]: v[at], h) for site, h in (edit or {}).items() if site in here
         }
 
-        def step(x, scanned, names=names):
+        def step(x, scanned, names=names, sums=sums):
             layer, hooks, slides = scanned
-            taps = Taps(names, hooks)
-            rope, mask = jax.tree.map(lambda full, local: jnp.where(slides, local, full), *views) if mixed else views[0]
-            x = block(x, layer, rope, functools.partial(_attend_full, mask=mask, config=config), config, taps)
-            return x, taps.values
+            taps = Taps(names, hooks, sums)
+            rope, seen = ropes[0], look
+            if mixed:
+                rope = jax.tree.map(lambda full, local: jnp.where(slides, local, full), *ropes)
+                seen = look.replace(window=jnp.where(slides, look.window, T))
+            x = block(x, layer, rope, functools.partial(_attend_full, look=seen, config=config), config, taps)
+            return x, taps.finish()
 
         step = jax.checkpoint(step) if config.remat else step
         x, records = jax.lax.scan(step, x, (layers, hooks, slides), unroll=count if unrolled else 1)
@@ -256,5 +229,5 @@ def forward(
     return Output(logits, hidden, {**records, **edge.values})
 
 
-def _attend_full(q, k, v, taps, *, mask, config):
-    return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, config, taps)
+def _attend_full(q, k, v, taps, *, look, config):
+    return attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), look, config, taps)

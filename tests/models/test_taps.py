@@ -137,8 +137,20 @@ class _Absent:
     def __init__(self, factor=1):
         self.values, self.factor = {}, factor
 
-    def __call__(self, name, value):
+    def __call__(self, name, value, slots=None):
         return value * 2 if self.factor == 2 and name == "mlp.out" else value
+
+    def wants(self, name):
+        return False
+
+    def wants_blocks(self, name):
+        return False
+
+    def reduce_block(self, slots):
+        return {}
+
+    def finish(self):
+        return {}
 
 
 def test_without_taps_the_program_is_the_one_without_the_feature(params, monkeypatch):

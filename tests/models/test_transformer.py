@@ -7,8 +7,9 @@ import pytest
 
 import models
 from models import Config
+from models.attention import Look, attention
 from models.taps import Taps
-from models.transformer import apply_rope, attention, causal_mask, forward, rms_norm, rope_table, unembed
+from models.transformer import apply_rope, forward, rms_norm, rope_table, unembed
 
 CONFIG = Config(
     vocab_size=40, dim=16, layers=2, heads=4, kv_heads=2, head_dim=6, ffn_dim=20, qk_norm=True, init_std=0.4
@@ -49,7 +50,7 @@ def test_rope_turns_pairs_and_depends_on_distance_only(rng):
 def test_attention_equals_repeated_heads(rng):
     q, k, v = (rng.standard_normal((2, 5, n, 6)).astype(np.float32) for n in (4, 2, 2))
     mask = np.tril(np.ones((1, 5, 5), bool))
-    ours = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, CONFIG, Taps())
+    ours = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), Look(jnp.arange(5)[None]), CONFIG, Taps())
     k, v = np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)
     scores = np.where(mask[:, None], np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(6), -np.inf)
     probs = np.exp(scores - scores.max(-1, keepdims=True))
@@ -58,10 +59,10 @@ def test_attention_equals_repeated_heads(rng):
 
 
 def test_masks():
-    positions = jnp.arange(4)[None]
-    np.testing.assert_array_equal(causal_mask(positions, None, None)[0], np.tril(np.ones((4, 4), bool)))
-    np.testing.assert_array_equal(causal_mask(positions, None, 2)[0].sum(-1), [1, 2, 2, 2])
-    packed = causal_mask(positions, jnp.array([[1, 1, 2, 2]]), None)[0]
+    look = Look(jnp.arange(4)[None])
+    np.testing.assert_array_equal(look.mask(4)[0], np.tril(np.ones((4, 4), bool)))
+    np.testing.assert_array_equal(look.replace(window=jnp.int32(2)).mask(4)[0].sum(-1), [1, 2, 2, 2])
+    packed = look.replace(segments=jnp.array([[1, 1, 2, 2]])).mask(4)[0]
     np.testing.assert_array_equal(packed.astype(int), [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]])
 
 
