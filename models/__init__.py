@@ -26,6 +26,7 @@ _EXPORTS = {
     "load_tokenizer": "tokenizer",
     "make_mesh": "sharding",
     "prefill": "sample",
+    "routing_of": "sample",
     "save": "hf",
     "shardings": "params",
     "stop_table": "stops",

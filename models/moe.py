@@ -53,7 +53,8 @@ def route(
     (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, and V3, arXiv 2412.19437, section 2.1.2). With ``norm_topk`` the
     weights of a token sum to 1, before ``routed_scale``.
     layer: "router" [D, E]; "router_bias" [E] float32, added to sigmoids for the choice alone; "expert_mask" bool [E] if
-    some are masked: those are never chosen. rows: mesh axes that tokens are split over.
+    some are masked: those are never chosen; "routing" int [M, k], experts that are taken in place of the best ones
+    (where it is not -1), as when a trainer repeats a sampler's choices. rows: mesh axes that tokens are split over.
     """
     logits = jnp.einsum("md,de->me", x, layer["router"].astype(x.dtype), preferred_element_type=jnp.float32)
     masked = "expert_mask" in layer
@@ -71,6 +72,8 @@ def route(
     if rows:  # the compiler would gather all tokens for a top-k, so each device is told to look at its own
         choose = jax.shard_map(choose, in_specs=PartitionSpec(rows), out_specs=PartitionSpec(rows))
     index = choose(choice)
+    if "routing" in layer:
+        index = jnp.where(layer["routing"] >= 0, layer["routing"].astype(index.dtype), index)
     weights = jnp.take_along_axis(scores, index, axis=-1)
     if config.norm_topk:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
@@ -174,6 +177,8 @@ def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1
     rows = () if alone else _names(spec_for(mesh, x.shape, ("batch", "time", "model"))[0])
+    if "routing" in layer:
+        layer = {**layer, "routing": layer["routing"].reshape(len(flat), -1)}
     index, weights = route(flat, layer, config, taps, rows)
     form = config.moe_form
     if form == "auto":

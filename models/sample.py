@@ -34,7 +34,8 @@ FINISH_LENGTH, FINISH_EOS, FINISH_STOP = 0, 1, 2  # FINISH_STOP + j means stop s
 @struct.dataclass
 class Session:
     """keys, values: one [B, K, S, H] array per layer; lens: int32 [B]; logits: float32 [B, V] for the next token.
-    With latent attention keys are [B, 1, S, latent + turning part] and there are no values.
+    With latent attention keys are [B, 1, S, latent + turning part] and there are no values. routing: int16
+    [B, S, layers with experts, k], the experts that each token was sent to, -1 in slots that are not filled; or None.
 
     Heads stand before time: the other way round, attention over the cache takes two to nine times as long on CPU.
     """
@@ -43,6 +44,7 @@ class Session:
     values: tuple[jax.Array, ...]
     lens: jax.Array
     logits: jax.Array
+    routing: jax.Array | None = None
 
     @property
     def size(self) -> int:
@@ -139,12 +141,12 @@ def _run(weights, config: Config, session: Session, tokens, counts, view: int):
 
     kinds = {local: kind(local) for local in set(config.slides)}
     x = embed(weights, config, tokens)
-    keys, values = list(session.keys), list(session.values)
+    keys, values, routing = list(session.keys), list(session.values), session.routing
+    write = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
     for i, layer in enumerate(weights["layers"]):
         rope, look = kinds[config.slides[i]]
 
         def attend(q, k, v, taps, i=i, look=look):
-            write = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
             keys[i] = keys[i].at[rows, :, slots].set(k, **write)
             seen = keys[i][:, :, :view]
             if v is None:
@@ -152,9 +154,20 @@ def _run(weights, config: Config, session: Session, tokens, counts, view: int):
             values[i] = values[i].at[rows, :, slots].set(v, **write)
             return attention(q, seen, values[i][:, :, :view], look, config, taps)
 
-        x = block(x, layer, rope, attend, config, Taps())
+        taps = Taps(("moe.index",) if routing is not None else ())
+        x = block(x, layer, rope, attend, config, taps)
+        if "moe.index" in taps.values:
+            index = taps.values["moe.index"].reshape(B, T, -1).astype(routing.dtype)
+            routing = routing.at[rows, slots, i - config.first_dense].set(index, **write)
     hidden = rms_norm(x, weights["final_norm"], config)
-    return session.replace(keys=tuple(keys), values=tuple(values), lens=session.lens + counts), hidden
+    session = session.replace(keys=tuple(keys), values=tuple(values), lens=session.lens + counts, routing=routing)
+    return session, hidden
+
+
+def routing_of(session: Session, width: int) -> jax.Array:
+    """The experts that the first ``width`` tokens of each row were sent to, as ``models.forward`` takes them: int16
+    [layers with experts, B, width, k], -1 for tokens that have not been run. A last sampled token has been."""
+    return session.routing[:, :width].transpose(2, 0, 1, 3)
 
 
 def _last_logits(weights, config, hidden, counts):
@@ -162,8 +175,8 @@ def _last_logits(weights, config, hidden, counts):
     return unembed(weights, config, last)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "size", "repeat"))
-def _prefill(weights, tokens, lengths, *, config, size, repeat):
+@functools.partial(jax.jit, static_argnames=("config", "size", "repeat", "routing"))
+def _prefill(weights, tokens, lengths, *, config, size, repeat, routing):
     B, T = tokens.shape
     latent = config.kv_lora + config.rope_dim
     shape = (B, 1, T, latent) if config.kv_lora else (B, config.kv_heads, T, config.head_dim)
@@ -171,6 +184,8 @@ def _prefill(weights, tokens, lengths, *, config, size, repeat):
     session = Session(
         empty, () if config.kv_lora else empty, jnp.zeros(B, jnp.int32), jnp.zeros((B, config.vocab_size), jnp.float32)
     )
+    if routing:
+        session = session.replace(routing=jnp.full((B, T, config.moe_layers, config.top_k), -1, jnp.int16))
     session, hidden = _run(weights, config, session, tokens, lengths, T)
     session = session.replace(logits=_last_logits(weights, config, hidden, lengths))
     session = jax.tree.map(lambda x: jnp.repeat(x, repeat, axis=0), session)
@@ -179,6 +194,9 @@ def _prefill(weights, tokens, lengths, *, config, size, repeat):
         x = jnp.pad(x, ((0, 0), (0, 0), (0, size - T), (0, 0)))
         return constrain(x, "batch", "kv_heads", "time", "head_dim")
 
+    if routing:
+        longer = ((0, 0), (0, size - T), (0, 0), (0, 0))
+        session = session.replace(routing=jnp.pad(session.routing, longer, constant_values=-1))
     return session.replace(keys=tuple(map(grow, session.keys)), values=tuple(map(grow, session.values)))
 
 
@@ -195,13 +213,18 @@ def _checked(tokens: np.ndarray, counts: np.ndarray, config: Config) -> tuple[np
     return tokens, counts
 
 
-def prefill(weights, config: Config, tokens: np.ndarray, lengths: np.ndarray, size: int, repeat: int = 1) -> Session:
+def prefill(
+    weights, config: Config, tokens: np.ndarray, lengths: np.ndarray, size: int, repeat: int = 1, routing: bool = False
+) -> Session:
     """Start a session: each prompt is run once, its rows copied ``repeat`` times (group members are adjacent).
 
     tokens int32 [P, T] right-padded, lengths int32 [P] in 1..T, size = slots per row (rounded up to a bucket).
+    routing: keep the experts of every token too, now and in later turns, see :func:`routing_of`.
     Raises ValueError when a prompt is empty or does not fit, and for ids outside the vocabulary.
     """
     tokens, lengths = _checked(tokens, lengths, config)
+    if routing and not config.experts:
+        raise ValueError(f"routing can be kept of models with experts, a {config.family} has none")
     if lengths.min(initial=1) < 1:
         raise ValueError("a prompt must hold at least one token")
     if lengths.max(initial=1) > size:
@@ -209,7 +232,7 @@ def prefill(weights, config: Config, tokens: np.ndarray, lengths: np.ndarray, si
     width = bucket(tokens.shape[1])
     tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
     size = max(bucket(size), width)
-    return _prefill(weights, tokens, lengths, config=config, size=size, repeat=repeat)
+    return _prefill(weights, tokens, lengths, config=config, size=size, repeat=repeat, routing=routing)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "view"), donate_argnums=1)

@@ -166,6 +166,7 @@ def forward(
     edit: Mapping[str, Edit] | None = None,
     expert_mask: jax.Array | None = None,
     reduce: Mapping[str, Reduced] | None = None,
+    routing: jax.Array | None = None,
 ) -> Output:
     """Run the decoder over right-padded sequences.
 
@@ -175,6 +176,8 @@ def forward(
     record, edit, reduce: taps, see ``models.taps``. Raises ValueError for unknown sites.
     expert_mask: bool [L, E], a row for each layer with experts; those where it is False are never chosen
     (``models.moe.check_expert_mask``).
+    routing: int [layers with experts, B, T, k], experts to take instead of those that the router prefers, or -1
+    (``models.sample.routing_of``); their weights are still the router's, and have gradients.
     """
     chex.assert_rank(tokens, 2)
     check_sites(record, edit, config, reduce)
@@ -197,8 +200,9 @@ def forward(
     parts: dict[str, list[jax.Array]] = {}
     for name, first, count in stacks(config):
         layers = params[name]
-        if expert_mask is not None and name == "layers":
-            layers = {**layers, "expert_mask": expert_mask}
+        if name == "layers":
+            extra = {"expert_mask": expert_mask, "routing": routing}
+            layers = {**layers, **{key: value for key, value in extra.items() if value is not None}}
         slides = jnp.array(config.slides[first : first + count]) if mixed else None
         here = layers_of(config, first, count)
         names = tuple(site for site in record if site in here)

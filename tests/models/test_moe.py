@@ -11,8 +11,9 @@ import pytest
 
 import models
 from models.config import Config
+from models.generation import pad_rows
 from models.moe import block_size, check_expert_mask, keep_experts, moe, route
-from models.sample import decode, decode_weights, prefill
+from models.sample import decode, decode_weights, extend, prefill, routing_of
 from models.sharding import sharding_for
 from models.taps import Scale, Taps, sites
 
@@ -317,3 +318,46 @@ def test_sites_are_those_of_the_model(key):
     np.testing.assert_allclose(records["moe.weights"].sum(-1), 1.0, atol=1e-6)
     with pytest.raises(ValueError, match=r"mlp\.act.*moe\.index"):
         models.forward(params, CONFIG, tokens, record=("mlp.act",))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+def test_a_samplers_routing_can_be_repeated(name):
+    """A trainer whose router has moved since takes the sampler's experts where it is told to."""
+    model = models.load(FIXTURES / name)
+    config = model.config.replace(eos_ids=())
+    tokens, lengths = np.array([[5, 7, 11, 2], [9, 3, 0, 0]], np.int32), np.array([4, 2], np.int32)
+    weights = decode_weights(model.params, config)
+    session = prefill(weights, config, tokens, lengths, size=32, repeat=2, routing=True)
+    out, session = decode(weights, config, session, jax.random.key(0), np.array([6, 4, 0, 3], np.int32))
+    more, counts = np.array([[8, 9]] * 4, np.int32), np.array([2, 0, 1, 2], np.int32)
+    session = extend(weights, config, session, more, counts, 16)
+
+    rows = [list(t[:n]) for t, n in zip(np.repeat(tokens, 2, 0), np.repeat(lengths, 2))]
+    rows = [r + out.tokens[i, : out.counts[i]].tolist() + more[i, : counts[i]].tolist() for i, r in enumerate(rows)]
+    whole, lens = pad_rows(rows)
+    np.testing.assert_array_equal(lens, session.lens)
+    routing = routing_of(session, whole.shape[1])
+    real = np.arange(whole.shape[1]) < lens[:, None]
+    chex.assert_shape(routing, (config.moe_layers, *whole.shape, config.top_k))
+    assert (np.asarray(routing)[:, ~real] == -1).all()
+
+    def run(params, routing):
+        return models.forward(params, config, jnp.asarray(whole), record=("moe.index",), routing=routing)
+
+    own = run(model.params, None)
+    index = np.asarray(own.records["moe.index"]).reshape(routing.shape)
+    np.testing.assert_array_equal(np.sort(index[:, real]), np.sort(np.asarray(routing)[:, real]))
+    np.testing.assert_allclose(run(model.params, routing).logits[real], own.logits[real], atol=1e-4)
+    moved = {**model.params, "layers": {**model.params["layers"], "router": -model.params["layers"]["router"]}}
+    assert (np.sort(np.asarray(run(moved, None).records["moe.index"]).reshape(routing.shape)) != np.sort(index)).any()
+    again = np.asarray(run(moved, routing).records["moe.index"]).reshape(routing.shape)
+    np.testing.assert_array_equal(again[:, real], np.asarray(routing)[:, real])
+    grads = jax.grad(lambda p: jnp.sum(jnp.where(real[..., None], run(p, routing).logits, 0.0) ** 2))(moved)
+    assert np.asarray(grads["layers"]["router"]).any()
+
+
+def test_routing_is_kept_only_where_there_is_any(key):
+    config = Config(vocab_size=20, dim=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn_dim=12, qk_norm=True)
+    weights = decode_weights(models.init(config, key), config)
+    with pytest.raises(ValueError, match="a qwen3 has none"):
+        prefill(weights, config, np.array([[3]]), np.array([1]), 8, routing=True)
