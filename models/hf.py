@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import Config
-from models.hf_config import config_from_hf, config_to_hf
+from models.hf_config import config_from_hf, config_to_hf, text_part
 from models.params import Param, Params, declare
 from models.sharding import sharding_for
 from models.tokenizer import FILES, Tokenizer, load_tokenizer
@@ -31,6 +31,7 @@ _DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16, "F8_E4M
 _SCALES = "_scale_inv"  # the tensor with the scales of the one without this ending
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Present in some files, computed by us: rotary frequencies, and the second name of tied embeddings.
+_TEXT_PREFIX = re.compile(r"(model\.)?language_model\.(model\.)?")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _DERIVED = re.compile(r".*rotary_emb\.inv_freq")
 # What a model folder may hold; anything else keeps `save` from replacing the folder.
@@ -67,8 +68,9 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | N
     mesh: each device reads its own slices of the files; without one the weights go to the default device.
     dtype: "float32" or "bfloat16" for weights and activations; None keeps every tensor's own type, and computes in
     bfloat16 if the embedding is stored in it, else in float32 (float16 has too small a range for training). Weights of
-    eight bits with a scale per block (DeepSeek-V3) become bfloat16. Modules that predict more than the next token are
-    left out, with a warning that counts their tensors.
+    eight bits with a scale per block (DeepSeek-V3) become bfloat16. Of a Gemma 3 with images the language model is
+    read. What is no part of that (images, modules that predict more than the next token) is left out, with a warning
+    that counts its tensors.
     A folder without tokenizer files gives ``tokenizer=None``.
 
     Raises FileNotFoundError (no such folder or file) and ValueError (something not implemented; tensors missing,
@@ -77,7 +79,7 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | N
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32', 'bfloat16' or None (as stored), not {dtype!r}")
     folder = _find(path)
-    fields = _read_json(folder / "config.json")
+    fields = text_part(_read_json(folder / "config.json"), folder / "config.json")
     generation = None
     if (folder / "generation_config.json").is_file():
         generation = _read_json(folder / "generation_config.json")
@@ -131,6 +133,7 @@ class _Checkpoint(contextlib.ExitStack):
     def __init__(self, folder: Path, config: Config, block: tuple[int, int]):
         super().__init__()
         self._folder, self._block = folder, block
+        self._theirs: dict[str, str] = {}  # our name of a tensor -> the file's, where that is another
         self._files: dict[str, Any] = {}
         self._where = self._locate()
         try:
@@ -140,7 +143,19 @@ class _Checkpoint(contextlib.ExitStack):
             raise
 
     def _locate(self) -> dict[str, str]:
-        """Tensor name -> file name."""
+        """Tensor name -> file name. In a model with images, without what precedes the language model's own names."""
+        where = self._read_index()
+        if not any(_TEXT_PREFIX.match(name) for name in where):
+            return where
+        others = [name for name in where if not _TEXT_PREFIX.match(name)]
+        if others:
+            warnings.warn(f"{self._folder}: {len(others)} tensors beside the language model are left out", stacklevel=5)
+        for name in where.keys() - set(others):
+            rest = name[_TEXT_PREFIX.match(name).end() :]
+            self._theirs[rest if rest.startswith("lm_head.") else "model." + rest] = name
+        return {ours: where[theirs] for ours, theirs in self._theirs.items()}
+
+    def _read_index(self) -> dict[str, str]:
         if (self._folder / _INDEX).is_file():
             where = _read_json(self._folder / _INDEX).get("weight_map")
             if not isinstance(where, dict):
@@ -190,7 +205,7 @@ class _Checkpoint(contextlib.ExitStack):
         for name, shape in expected.items():
             file = self._open(self._where[name])
             try:
-                piece = file.get_slice(name)
+                piece = file.get_slice(self._theirs.get(name, name))
             except Exception as error:  # the Rust library's own error type
                 raise ValueError(f"{self._folder / self._where[name]}: cannot read tensor {name}: {error}") from error
             if tuple(piece.get_shape()) != shape:
@@ -209,7 +224,7 @@ class _Checkpoint(contextlib.ExitStack):
     def _slice(self, name: str) -> Any:
         """A tensor of which parts can be read, with ``get_shape``, ``get_dtype`` and slices as safetensors has them."""
         file = self._folder / self._where[name]
-        piece = self._open(self._where[name]).get_slice(name)
+        piece = self._open(self._where[name]).get_slice(self._theirs.get(name, name))
         if piece.get_dtype() != "F8_E4M3":
             return piece
         if name + _SCALES not in self._where:

@@ -31,6 +31,23 @@ _SAME = {
 }  # fmt: skip
 
 
+_GEMMA3 = {  # what its published files with images leave to the class of the text part
+    "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "max_position_embeddings": 131_072, "eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def text_part(fields: dict[str, Any], source: str | Path = "config.json") -> dict[str, Any]:
+    """The fields of the language model in a config.json of a model with images too; any other comes back as it is."""
+    if fields.get("model_type") != "gemma3":
+        return fields
+    inner = fields.get("text_config")
+    if not isinstance(inner, dict):
+        raise ValueError(f"{source}: a gemma3 file needs the object 'text_config'")
+    outer = {name: fields[name] for name in ("dtype", "torch_dtype", "eos_token_id") if name in fields}
+    return {**_GEMMA3, **outer, **inner, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+
+
 def _refuse(source: str | Path, what: str) -> ValueError:
     return ValueError(f"{source}: {what} is not implemented")
 

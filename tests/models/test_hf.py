@@ -16,7 +16,7 @@ import models
 from models import Config
 from models.config import FAMILIES, RopeScaling
 from models.hf import Model
-from models.hf_config import config_from_hf, config_to_hf
+from models.hf_config import config_from_hf, config_to_hf, text_part
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "models"
 NAMES = (
@@ -416,3 +416,41 @@ def test_modules_that_predict_further_tokens_are_left_out_and_counted(tmp_path):
     with pytest.warns(UserWarning, match="2 tensors of layers from 3 on"):
         model = models.load(folder)
     chex.assert_trees_all_equal(model.params, models.load(FIXTURES / "deepseek_v3").params)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_language_model_of_a_model_with_images_is_read(prefix, tmp_path):
+    folder = tmp_path / "gemma3"
+    folder.mkdir()
+    inner = {k: v for k, v in _fields(FIXTURES / "gemma3").items() if k != "architectures"}
+    outer = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {}}
+    (folder / "config.json").write_text(json.dumps(outer | {"text_config": inner}))
+    tensors = {prefix + k.removeprefix("model."): v for k, v in _tensors(FIXTURES / "gemma3").items()}
+    images = {f"vision_tower.{i}.weight": np.zeros((2, 2), np.float32) for i in range(3)}
+    save_file(tensors | images, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="3 tensors beside the language model are left out"):
+        model = models.load(folder)
+    plain = models.load(FIXTURES / "gemma3")
+    assert model.config == plain.config
+    chex.assert_trees_all_equal(model.params, plain.params)
+    models.save(model, tmp_path / "text")
+    assert _fields(tmp_path / "text")["model_type"] == "gemma3_text"
+    chex.assert_trees_all_equal(models.load(tmp_path / "text").params, plain.params)
+    (folder / "config.json").write_text(json.dumps(outer))
+    with pytest.raises(ValueError, match="'text_config'"):
+        models.load(folder)
+
+
+def test_published_fields_of_gemma_3_with_images():
+    """The fields of the text part as the 4B checkpoint has them; what it leaves out is in transformers' class."""
+    fields = {
+        "model_type": "gemma3", "eos_token_id": [1, 106], "torch_dtype": "bfloat16",
+        "text_config": {
+            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+        },
+    }  # fmt: skip
+    config = config_from_hf(text_part(fields))
+    assert (config.heads, config.kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262_208)
+    assert config.slides.count(False) == 5
+    assert (config.rope_theta, config.local_rope_theta, config.eos_ids) == (1e6, 1e4, (1, 106))
