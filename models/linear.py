@@ -2,6 +2,8 @@
 
 import jax
 
+from models.platform import platform
+
 
 def apart(x: jax.Array) -> jax.Array:
     """On CPU, keep neighbours of a matrix product, and in the backward pass their gradients, out of its fusions.
@@ -9,7 +11,7 @@ def apart(x: jax.Array) -> jax.Array:
     The product of a weight's gradient wants its operands transposed; XLA then computes what comes before it (the
     activation, a norm, rotary positions) again, element by element, across the rows. Other backends do better alone.
     """
-    return jax.lax.optimization_barrier(x) if jax.default_backend() == "cpu" else x
+    return jax.lax.optimization_barrier(x) if platform() == "cpu" else x
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
