@@ -75,6 +75,7 @@ def get_config(variant: str = "qwen3_8b_grpo") -> ConfigDict:
 
     if variant == "qwen3_30b_a3b_grpo":
         c.model.fields = ConfigDict(_QWEN3_30B_A3B)
+        c.mesh.expert = 16
     elif variant == "deepseek_v3_decode":
         c.model.fields = ConfigDict(_DEEPSEEK_V3)
         c.model.weights = "bfloat16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -39,13 +40,15 @@ def tables(out: dict[str, Any]) -> list[Any]:
 
     each = "chip" if out["devices"] == out["chips"] else "device, half a chip,"
     usable, programs = out["chip"]["usable"], out["programs"]
+    if all(p["refused"] for p in programs):
+        return []
     main = Table(title=f"What one {each} holds and does", title_justify="left", box=box.SIMPLE_HEAD)
     main.add_column("")
     for p in programs:
         main.add_column(p["name"], justify="right")
 
     def row(name: str, value: Callable[[dict[str, Any]], str], style: str | None = None) -> None:
-        main.add_row(name, *("refused" if p["refused"] else value(p) for p in programs), style=style)
+        main.add_row(name, *("-" if p["refused"] else value(p) for p in programs), style=style)
 
     def at(key: str, write: Callable[[float], str]) -> Callable[[dict[str, Any]], str]:
         return lambda p: write(p[key])
@@ -130,62 +133,98 @@ def notes(out: dict[str, Any]) -> list[str]:
 
 def advice(out: dict[str, Any], work: Any, sizes: dict[str, int]) -> list[str]:
     """What takes the memory, largest first, and what makes it smaller. Sizes are estimates from shapes."""
-    from models.sharding import RULES
-
-    c, g = work.model, work.grpo
-    shards, tensor = math.prod(sizes[axis] for axis in RULES["batch"]), sizes["tensor"]
-    width = 2 if c.dtype == "bfloat16" else 4
-    heads = c.heads / tensor if c.heads % tensor == 0 else c.heads
-    vocab = c.vocab_size / tensor if c.vocab_size % tensor == 0 else c.vocab_size
     lines: list[str] = []
     for p in out["programs"]:
         if p["fits"]:
             continue
         lines.append(f"{p['name']} does not fit{': ' + p['refused'] if p['refused'] else ''}")
-        suspects: list[tuple[float, str]] = []
-        if p["name"] in ("score", "update"):
-            rows = work.rows / (g.minibatches if p["name"] == "update" else 1) / g.micro_batches / shards
-            tokens = rows * work.max_total
-            fewer = "raise config.rl.micro_batches" if rows > 1 else "one row per device and slice already"
-            suspects += [
-                (rows * heads * work.max_total**2 * 4,
-                 f"attention scores of one layer, {heads:g} heads of {work.max_total:,} x {work.max_total:,}: "
-                 f"{fewer}, raise config.mesh.tensor, or lower config.rollout.max_total"),
-                (rows * g.logprob_chunk * vocab * 4,
-                 f"logits of one chunk: lower config.rl.logprob_chunk={g.logprob_chunk}, or raise config.mesh.tensor"),
-                (out["state_bytes"],
-                 "weights and Adam's moments: raise config.mesh.fsdp (data copies them) or tensor, or take more chips"),
-            ]  # fmt: skip
-            if p["name"] == "update":
-                if c.remat:
-                    kept = (c.layers * tokens * c.dim * width, f"inputs of {c.layers} layers: {fewer}")
-                else:
-                    a_layer = tokens * (10 * c.dim + 3 * c.ffn_dim * max(1, c.top_k) / tensor) * width
-                    a_layer += rows * heads * work.max_total**2 * 6
-                    kept = (c.layers * a_layer, "activations of all layers: set --config.model.remat=True")
-                suspects.append(kept)
-            if g.micro_batches > 1 and p["name"] == "update":
-                suspects.append((out["state_bytes"] / 3, "sum of gradients in float32: as for the weights"))
-        else:
-            rows = math.ceil(work.rows / shards)
-            kv = c.kv_heads / tensor if c.kv_heads % tensor == 0 else c.kv_heads
-            suspects += [
-                (2 * c.layers * rows * kv * work.max_total * c.head_dim * width,
-                 f"cache of {rows} rows of {work.max_total:,} tokens: lower config.rl.prompts_per_step or "
-                 "config.rollout.max_total, or raise config.mesh.tensor or fsdp"),
-                (c.num_params() * width / (sizes["fsdp"] * tensor * sizes["expert"]),
-                 "the sampler's copy of the weights: raise config.mesh.tensor, expert or fsdp"),
-                (p["held"], "the trainer's weights and moments, which stay while it samples: raise config.mesh.fsdp"),
-            ]  # fmt: skip
-            if p["name"] == "prefill":
-                prompts = math.ceil(g.prompts_per_step / shards)
-                suspects.append(
-                    (prompts * heads * work.max_prompt**2 * 4,
-                     "attention scores of the prompts: lower config.rollout.max_prompt or rl.prompts_per_step")
-                )  # fmt: skip
+        suspects = (
+            _of_training(p, out, work, sizes) if p["name"] in ("score", "update") else _of_sampling(p, work, sizes)
+        )
         suspects.sort(key=lambda pair: -pair[0])
         lines += [f"  about {size(count)}: {what}" for count, what in suspects[:4] if count > 0]
+        wanted = re.search(r"\((?:Used )?([\d.]+)([MGT])", p["refused"])
+        scale = {"M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+        if wanted and 4 * sum(count for count, _ in suspects) < float(wanted.group(1)) * scale[wanted.group(2)]:
+            more = "; with experts: raise config.mesh.expert" if work.model.experts else ""
+            lines.append(
+                "  These parts are far less than that: the compiler keeps something whole on every chip, or copies of "
+                f"it{more}"
+            )
     return lines
+
+
+def _share(count: int, ways: int) -> float:
+    """What one device has of an axis that stays whole where it does not divide."""
+    return count / ways if count % ways == 0 else count
+
+
+def _shards(sizes: dict[str, int]) -> int:
+    from models.sharding import RULES
+
+    return math.prod(sizes[axis] for axis in RULES["batch"])
+
+
+def _of_training(
+    program: dict[str, Any], out: dict[str, Any], work: Any, sizes: dict[str, int]
+) -> list[tuple[float, str]]:
+    """(bytes, what they are and what to do), for ``score`` and ``update``."""
+    c, g, tensor = work.model, work.grpo, sizes["tensor"]
+    width = 2 if c.dtype == "bfloat16" else 4
+    update = program["name"] == "update"
+    rows = work.rows / (g.minibatches if update else 1) / g.micro_batches / _shards(sizes)
+    tokens, heads = rows * work.max_total, _share(c.heads, tensor)
+    scores = rows * heads * work.max_total**2 * 4
+    fewer = "raise config.rl.micro_batches, " if rows > 1 else ""  # else a slice has one row per device
+    square = f"{rows:g} x {heads:g} heads of {work.max_total:,} x {work.max_total:,}"
+    shorter = "raise config.mesh.tensor, or lower config.rollout.max_total"
+    suspects = [
+        (scores, f"attention scores of one layer, {square}: {fewer}{shorter}"),
+        (rows * g.logprob_chunk * _share(c.vocab_size, tensor) * 4,
+         f"logits of one chunk: lower config.rl.logprob_chunk={g.logprob_chunk}, or raise config.mesh.tensor"),
+        (out["state_bytes"],
+         "weights and Adam's moments: raise config.mesh.fsdp (data copies them) or tensor, or take more chips"),
+    ]  # fmt: skip
+    if update and c.remat:
+        inputs = f"inputs of {c.layers} layers: {fewer}lower config.rollout.max_total"
+        suspects.append((c.layers * tokens * c.dim * width, inputs))
+    elif update:
+        a_layer = tokens * (10 * c.dim + 3 * c.ffn_dim * max(1, c.top_k) / tensor) * width + 1.5 * scores
+        suspects.append((c.layers * a_layer, "activations of all layers: set --config.model.remat=True"))
+    if update and g.micro_batches > 1:
+        suspects.append((out["state_bytes"] / 3, "sum of gradients in float32: as for the weights"))
+    return suspects
+
+
+def _of_sampling(program: dict[str, Any], work: Any, sizes: dict[str, int]) -> list[tuple[float, str]]:
+    """(bytes, what they are and what to do), for ``prefill`` and ``decode``."""
+    c, g, tensor = work.model, work.grpo, sizes["tensor"]
+    width = 2 if c.dtype == "bfloat16" else 4
+    shards = _shards(sizes)
+    rows = math.ceil(work.rows / shards)
+    per_token = 2 * _share(c.kv_heads, tensor) * c.head_dim
+    if latent := getattr(c, "kv_lora", 0):  # multi-head latent attention caches the latent alone
+        per_token = latent + c.rope_dim
+    weights = c.num_params() * width / (tensor * sizes["expert"])
+    suspects = [
+        (c.layers * rows * per_token * work.max_total * width,
+         f"cache of {rows} rows of {work.max_total:,} tokens: lower config.rl.prompts_per_step or "
+         "config.rollout.max_total, or raise config.mesh.tensor or fsdp"),
+        (weights / sizes["fsdp"], "the sampler's copy of the weights: raise config.mesh.tensor, expert or fsdp"),
+        (program["held"], "the trainer's weights and moments, which stay while it samples: raise config.mesh.fsdp"),
+    ]  # fmt: skip
+    if sizes["fsdp"] > 1:
+        suspects.append(
+            (weights, "weights of other chips, gathered at every step, at most: more of config.mesh.tensor or expert, "
+                      "less of fsdp")
+        )  # fmt: skip
+    if program["name"] == "prefill":
+        prompts = math.ceil(g.prompts_per_step / shards)
+        suspects.append(
+            (prompts * _share(c.heads, tensor) * work.max_prompt**2 * 4,
+             "attention scores of the prompts: lower config.rollout.max_prompt or rl.prompts_per_step")
+        )  # fmt: skip
+    return suspects
 
 
 def show(out: dict[str, Any]) -> None:

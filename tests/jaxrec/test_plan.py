@@ -260,7 +260,9 @@ def test_what_does_not_fit_is_advised_and_fails(monkeypatch: pytest.MonkeyPatch,
     spec, topology = "plan", parse_topology("v5e:2x2")
     work = plan.workload(resolve_config(spec), spec)
     sizes = {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}
-    refused = plan.Program("update", refused="RESOURCE_EXHAUSTED: needs 24.49G, exceeds available HBM (15.75G)")
+    refused = plan.Program(
+        "update", refused="RESOURCE_EXHAUSTED: the total memory required (24.49G) exceeds available HBM (15.75G)"
+    )
     decode = plan.Program("decode", arguments=2e9, temporary=1e9, held=24.6e9, flops=1e9, hbm_seconds=1e-3)
     usable = topology.chip.usable
 
