@@ -65,12 +65,14 @@ class Collective:
 @dataclasses.dataclass(frozen=True)
 class Counts:
     """What one device does per step. flops: of matrix products and convolutions; memory_bytes: read and written in main
-    memory, an estimate from the operands of what was fused; open_loops: loops of unknown length, counted once."""
+    memory, an estimate from the operands of what was fused; open_loops: loops of unknown length, counted once; kernels:
+    runs of kernels written for the TPU (Pallas, ragged products), whose FLOPs the text does not tell."""
 
     flops: float
     memory_bytes: float
     collectives: tuple[Collective, ...]
     open_loops: int
+    kernels: float
 
 
 def _matching(text: str, start: int) -> int:
@@ -371,11 +373,22 @@ def trip_count(
     if limit is None or counter is None or counter.opcode != "get-tuple-element":
         return None
     index = int(_numbers(counter.attributes.partition("index=")[2])[0])
-    carried = outside.get(loop.operands[0])
-    first = None
-    if carried is not None and carried.opcode == "tuple":
-        first = _constant(carried.operands[index], outside)
-    return limit - (first or 0)
+    first = _constant(_element(outside, outside.get(loop.operands[0]), index), outside)
+    body = computations[_attribute(loop, "body")]
+    (end,) = (i for i in body.values() if i.root)
+    added = body.get(_element(body, end, index))
+    step = next((n for n in (_constant(name, body) for name in added.operands) if n is not None), 1) if added else 1
+    return math.ceil((limit - (first or 0)) / step)  # products that are gathered piece by piece take two at a time
+
+
+def _element(computation: Mapping[str, Instruction], made: Instruction | None, index: int) -> str:
+    """Name of what stands at ``index`` of a tuple, '' where it is not made here; copies are looked through."""
+    if made is None or made.opcode != "tuple":
+        return ""
+    name = made.operands[index]
+    while (found := computation.get(name)) is not None and found.opcode in ("copy", "bitcast") and found.operands:
+        name = found.operands[0]
+    return name
 
 
 def _flops(name: str, computations: Mapping[str, Mapping[str, Instruction]]) -> float:
@@ -436,7 +449,7 @@ def count(text: str, mesh: Mapping[str, int]) -> Counts:
                     visit(branch, times)
 
     visit(entry, 1.0)
-    flops = memory = 0.0
+    flops = memory = kernels = 0.0
     totals: dict[tuple, Collective] = {}
     for name, times in runs.items():
         flops += times * _flops(name, computations)
@@ -446,6 +459,7 @@ def count(text: str, mesh: Mapping[str, int]) -> Counts:
                 memory += times * _fusion_bytes(instruction, known, computations[_called(instruction)])
             else:
                 memory += times * _plain_bytes(instruction, known)
+                kernels += times * ('"tpu_custom_call"' in instruction.attributes)
         for one, touched in _collectives(name, computations, mesh, set()):
             memory += times * touched
             key = (one.kind, one.axes, one.group)
@@ -455,4 +469,4 @@ def count(text: str, mesh: Mapping[str, int]) -> Counts:
                 sent=before.sent + times * one.sent,
             )  # fmt: skip
     order: Sequence[Collective] = sorted(totals.values(), key=lambda c: -c.sent)
-    return Counts(flops, memory, tuple(order), open_loops)
+    return Counts(flops, memory, tuple(order), open_loops, kernels)

@@ -120,6 +120,11 @@ def notes(out: dict[str, Any]) -> list[str]:
                 f"decode: at most {batch['rows'] / p['seconds']:,.0f} tokens/s; up to {batch['new_tokens']:,} steps a "
                 f"segment take {duration(p['seconds'] * batch['new_tokens'])} or more"
             )
+        if not p["refused"] and p["kernels"]:
+            lines.append(
+                f"{p['name']}: the FLOPs of one chip leave out {p['kernels']:,.0f} runs of kernels (ragged products), "
+                "those of all chips count them"
+            )
         if not p["refused"] and p["name"] == "update" and p["flops"] and p["total_flops"]:
             more = p["flops"] * out["devices"] / p["total_flops"]
             if more > 1.05:

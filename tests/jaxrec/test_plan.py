@@ -214,6 +214,41 @@ def test_a_loop_that_data_end_counts_once_and_is_reported():
     assert (counts.flops, counts.open_loops) == (2 * 16**3, 1)
 
 
+@pytest.mark.parametrize(("step", "trips"), [(1, 16), (2, 8), (3, 6)])
+def test_loops_may_count_in_steps(step, trips):
+    """As the TPU compiler writes a product whose operand arrives piece by piece, two pieces at a time."""
+    text = """HloModule m
+
+%body (p: (u32[], f32[4,4])) -> (u32[], f32[4,4]) {
+  %p = (u32[], f32[4,4]{1,0}) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  %x = f32[4,4]{1,0} get-tuple-element(%p), index=1
+  %step = u32[] constant(STEP)
+  %next = u32[] add(%i, %step)
+  %y = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (u32[], f32[4,4]{1,0}) tuple(%next, %y)
+}
+
+%condition (q: (u32[], f32[4,4])) -> pred[] {
+  %q = (u32[], f32[4,4]{1,0}) parameter(0)
+  %j = u32[] get-tuple-element(%q), index=0
+  %limit = u32[] constant(16)
+  ROOT %c = pred[] compare(%j, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[4,4]) -> f32[4,4] {
+  %a = f32[4,4]{1,0} parameter(0)
+  %zero = u32[] constant(0)
+  %start = u32[] copy(%zero)
+  %carried = (u32[], f32[4,4]{1,0}) tuple(%start, %a)
+  %w = (u32[], f32[4,4]{1,0}) while(%carried), condition=%condition, body=%body
+  ROOT %r = f32[4,4]{1,0} get-tuple-element(%w), index=1
+}
+"""
+    counts = plan_hlo.count(text.replace("STEP", str(step)), {"data": 1})
+    assert (counts.flops, counts.open_loops) == (trips * 2 * 4**3, 0)
+
+
 @pytest.mark.parametrize(
     ("text", "groups"),
     [
