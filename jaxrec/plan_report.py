@@ -129,6 +129,8 @@ def notes(out: dict[str, Any]) -> list[str]:
             more = p["flops"] * out["devices"] / p["total_flops"]
             if more > 1.05:
                 lines.append(f"update: {more:.2f} times the FLOPs of the step are done: some of it on several devices")
+    if out["fits"]:
+        lines.append(f"fits: every program stays below {size(out['chip']['usable'])}")
     lines.append(
         "Times are lower bounds: peak rates, one resource at a time. Memory traffic is an estimate; FLOPs are those of "
         "matrix products."
