@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import traceback
@@ -30,7 +31,7 @@ _COMPUTING = ("run", "demo", "generate")
 
 @dataclass(frozen=True)
 class _Command:
-    run: Callable[[list[str]], None]
+    run: Callable[[list[str]], int | None]  # returns an exit code, None for OK
     usage: str
     line: str
     details: str
@@ -89,8 +90,7 @@ def _dispatch(words: list[str]) -> int:
             f"no command '{words[0]}'{nearest(words[0], _COMMANDS)}. Commands: {', '.join(_COMMANDS)}; "
             "`jaxrec COMMAND --help` explains one."
         )
-    command.run(words[1:])
-    return OK
+    return command.run(words[1:]) or OK
 
 
 def _overview() -> str:
@@ -341,6 +341,40 @@ def _convert(words: list[str]) -> None:
     print(convert(source, target, values.dtype, values.keep_experts))
 
 
+def _define_plan(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("config", None, "the config", flag_values=values)
+    flags.DEFINE_string("topology", None, "slice of a TPU pod", flag_values=values)
+    flags.DEFINE_string("json", None, "file to write the figures to", flag_values=values)
+    flags.DEFINE_list("programs", [], "what to compile", flag_values=values)
+    flags.DEFINE_boolean("split_axes", False, "cut axes of the torus in pieces", flag_values=values)
+
+
+def _plan(words: list[str]) -> int:
+    overrides, rest = _split([word for word in words if word not in _HELP])
+    values, left = _parse("plan", rest, _define_plan)
+    if len(words) != len(overrides) + len(rest):
+        _help("plan", *(_config_tree(values.config, overrides) if values.config else ()))
+        return OK
+    if left:
+        raise UsageError(f"plan: unexpected argument '{left[0]}'. usage: jaxrec {_COMMANDS['plan'].usage}")
+    for flag, example in (("config", "plan:qwen3_8b_grpo"), ("topology", "v5e:16x16")):
+        if not values[flag].value:
+            raise UsageError(f"plan needs --{flag}, for instance --{flag}={example}")
+    if values.json and not Path(values.json).absolute().parent.is_dir():
+        raise UsageError(f"plan: --json={values.json}: no such folder")
+    config = config_lib.resolve_config(values.config, overrides)
+
+    from jaxrec import plan, plan_report
+
+    plan.prepare()
+    flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags, which only absl.app would parse
+    out = plan.plan(config, values.config, values.topology, values.programs, values.split_axes)
+    plan_report.show(out)
+    if values.json:
+        config_lib.write_atomic(Path(values.json).absolute(), json.dumps(out, indent=2) + "\n")
+    return OK if out["fits"] else FAILURE
+
+
 def _define_systems(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("devices", False, "list JAX's devices", flag_values=values)
 
@@ -436,6 +470,20 @@ The same as `jaxrec run --config=deeprec:demo`. It ends with a table and report.
   TARGET                    the folder to write; an existing model folder is replaced
   --dtype=float32|bfloat16  of the weights (default: as they are stored)
   --keep_experts=FILE       JSON, a row per layer of 1.0 (kept) and 0.0 (removed) per expert, equally many in each""",
+    ),
+    "plan": _Command(
+        _plan,
+        "plan --config=FILE[:variant] --topology=v5e:16x16 [--programs=a,b] [--json=FILE] [--split_axes] "
+        "[--config.FIELD=VALUE ...]",
+        "what one chip of a TPU pod would hold and do, compiled ahead of time; no TPU is needed",
+        """  --config=FILE[:variant]   a config of a run, or one of published models (plan:qwen3_8b_grpo)
+  --topology=CHIP:AxB[xC]   a slice of a pod: v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4
+  --programs=a,b            of score, update, prefill, decode (default: config.programs, else update and decode)
+  --json=FILE               also write the figures there
+  --split_axes              allow axes of the mesh that are no products of the torus' axes
+  --config.FIELD=VALUE      sets a field of the config
+
+It needs the TPU compiler, pip install 'jaxrec[tpu]', and minutes of one core. Exit code 1: something does not fit.""",
     ),
     "report": _Command(
         _report,

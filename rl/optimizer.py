@@ -137,10 +137,34 @@ def init_state(params: Any, config: OptimizerConfig, seed: int | jax.Array = 0) 
     optimizer = make_optimizer(config)
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     step = jnp.zeros((), jnp.int32)
-    placed = [leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
+    places = _places(params, optimizer)
+    if places is None:
+        return TrainState(params, jax.jit(optimizer.init)(params), step, key)
+    shardings, whole = places
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    return TrainState(params, opt_state, jax.device_put(step, whole), jax.device_put(key, whole))
+
+
+def abstract_state(params: Any, config: OptimizerConfig) -> TrainState:
+    """What :func:`init_state` would make, as shapes, dtypes and places; params: a tree of ``ShapeDtypeStruct``."""
+    optimizer = make_optimizer(config)
+    shardings, whole = _places(params, optimizer) or (None, None)
+
+    def struct_of(leaf, place=None):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_state = jax.tree.map(struct_of, opt_state, *(() if shardings is None else (shardings,)))
+    step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), jax.random.key(0)))
+    return TrainState(params, opt_state, struct_of(step, whole), struct_of(key, whole))
+
+
+def _places(params: Any, optimizer: optax.GradientTransformation) -> tuple[Any, jax.sharding.NamedSharding] | None:
+    """Shardings of the optimiser's state, and the one that replicates; None where the weights lie on no mesh."""
+    placed = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
     mesh = next((s.mesh for s in placed if isinstance(s, jax.sharding.NamedSharding)), None)
     if mesh is None:
-        return TrainState(params, jax.jit(optimizer.init)(params), step, key)
+        return None
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     # zeros_like carries no sharding through jit, so the moments' places are given explicitly: a leaf of the optimiser's
     # state whose path ends like a weight's lies where that weight lies (counts and the like: everywhere).
@@ -150,9 +174,7 @@ def init_state(params: Any, config: OptimizerConfig, seed: int | jax.Array = 0) 
         twin = next((weights[path[i:]] for i in range(len(path)) if path[i:] in weights), None)
         return twin.sharding if twin is not None and twin.shape == leaf.shape else whole
 
-    shardings = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    return TrainState(params, opt_state, jax.device_put(step, whole), jax.device_put(key, whole))
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params)), whole
 
 
 def apply_gradients(state: TrainState, grads: Any, config: OptimizerConfig) -> tuple[TrainState, dict[str, Any]]:

@@ -6,6 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from models import params as model_params
+from models.config import Config
+from models.sharding import make_mesh
 from rl import optimizer
 from rl.optimizer import OptimizerConfig
 
@@ -115,3 +118,19 @@ def test_accumulation_is_exact_and_checks_the_split():
         assert float(other[2]["n"][1]) == parts
     with pytest.raises(ValueError, match="micro_batches=4"):
         optimizer.accumulate_gradients(loss, weights, (x, mask), 4)
+
+
+@pytest.mark.parametrize("muon", [0.0, 0.03])
+@pytest.mark.parametrize("axes", [None, {"fsdp": 4, "tensor": 2}])
+def test_the_abstract_state_is_the_shape_and_place_of_a_fresh_one(axes, muon):
+    model = Config(vocab_size=16, dim=8, layers=2, heads=2, kv_heads=2, head_dim=4, ffn_dim=16)
+    config = OptimizerConfig(muon_lr=muon)
+    mesh = None if axes is None else make_mesh(**axes)
+    fresh = optimizer.init_state(model_params.init(model, jax.random.key(0), mesh=mesh), config)
+    planned = optimizer.abstract_state(model_params.abstract(model, mesh=mesh), config)
+
+    def same(struct, array):
+        assert (struct.shape, struct.dtype) == (array.shape, array.dtype)
+        assert mesh is None or struct.sharding.is_equivalent_to(array.sharding, array.ndim)
+
+    jax.tree.map(same, planned, fresh)
