@@ -24,7 +24,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 }  # fmt: skip
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "olmoe", *MLA_FAMILIES)
-MOE_FORMS = ("auto", "dense", "block", "ragged")
+MOE_FORMS = ("auto", "dense", "block", "ragged", "kernel")
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 

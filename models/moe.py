@@ -1,9 +1,9 @@
-"""Mixture-of-experts layers: routing with experts that can be masked, and three dropless ways to run the experts.
+"""Mixture-of-experts layers: routing with experts that can be masked, and four dropless ways to run the experts.
 
 ``dense`` runs every expert on every token and is the reference. ``block`` sorts the (token, choice) pairs by expert and
 runs them in blocks of one expert each: its work grows with top-k, not with the number of experts; the default on CPU.
-``ragged`` is the same with ``lax.ragged_dot``, a grouped matrix product on TPU; the default elsewhere. All agree to
-rounding in values and gradients. Under a mesh each device runs its own experts by any of the three.
+``ragged`` is the same with ``lax.ragged_dot``, ``kernel`` with a Pallas kernel for TPUs; these are the defaults on GPU
+and TPU. All agree to rounding in values and gradients. Under a mesh each device runs its own experts by any of them.
 
 Letters: M tokens, E experts, k choices per token, D width, F feed-forward width of one expert.
 """
@@ -127,6 +127,28 @@ def _ragged(x, gate, up, down, index):
     return jnp.where((index < E)[..., None], out[back].reshape(M, k, -1), 0)
 
 
+def _kernel(x, gate, up, down, index):
+    """As ``_ragged`` with the grouped product that JAX ships for TPUs: ``lax.ragged_dot`` has a dense gradient there.
+
+    The kernel leaves rows of no expert unwritten, so they are set to 0 behind each product, and their gradients with
+    them. On other platforms it is interpreted, which is slow.
+    """
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    (M, k), E = index.shape, gate.shape[0]
+    order = jnp.argsort(index.reshape(-1), stable=True)
+    sizes = jnp.zeros(E, jnp.int32).at[index.reshape(-1)].add(1, mode="drop")
+    real = (jnp.arange(M * k) < sizes.sum())[:, None]
+    tiles = math.gcd(M * k, 512), min(1024, gate.shape[1], gate.shape[2]), min(1024, gate.shape[1], gate.shape[2])
+
+    def product(a, w):
+        return jnp.where(real, gmm(a, w, sizes, a.dtype, tiles, interpret=platform() != "tpu"), 0)
+
+    out = _expert(jnp.where(real, x[order // k], 0), gate, up, down, product)
+    back = jnp.zeros_like(order).at[order].set(jnp.arange(M * k), unique_indices=True)
+    return out[back].reshape(M, k, -1)
+
+
 def block_size(tokens: int, top_k: int, experts: int) -> int:
     """Rows per block: about the pairs that an expert gets, between 8 and 128, a power of two."""
     share = max(1, tokens * top_k // experts)
@@ -164,7 +186,16 @@ def _block(x, gate, up, down, index):
     return out.at[slots].get(mode="fill", fill_value=0).reshape(M, k, -1)
 
 
-_FORMS = {"dense": _dense, "block": _block, "ragged": _ragged}
+_FORMS = {"dense": _dense, "block": _block, "ragged": _ragged, "kernel": _kernel}
+
+
+def _form(config: Config, pairs: int) -> str:
+    """The form for so many (token, choice) pairs of a device; the kernel wants them in tiles of 128."""
+    if config.moe_form != "auto":
+        return config.moe_form
+    if platform() == "tpu" and pairs % 128 == 0:
+        return "kernel"
+    return "block" if platform() == "cpu" else "ragged"
 
 
 def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
@@ -180,15 +211,12 @@ def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     if "routing" in layer:
         layer = {**layer, "routing": layer["routing"].reshape(len(flat), -1)}
     index, weights = route(flat, layer, config, taps, rows)
-    form = config.moe_form
-    if form == "auto":
-        form = "block" if platform() == "cpu" else "ragged"
     matrices = tuple(layer[name].astype(x.dtype) for name in ("e_gate", "e_up", "e_down"))
     tapped = taps.wants("moe.expert_out")
     if alone:
-        out = _FORMS[form](flat, *matrices, index)
+        out = _FORMS[_form(config, index.size)](flat, *matrices, index)
     else:
-        out = _spread(x, matrices, index, None if tapped else weights, form, mesh, rows)
+        out = _spread(x, matrices, index, None if tapped else weights, config, mesh, rows)
     if out.ndim == 3:
         out = taps("moe.expert_out", out.reshape(-1, *out.shape[-2:]))
         out = jnp.einsum("mkd,mk->md", out, weights.astype(x.dtype))
@@ -196,7 +224,7 @@ def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     return out + mlp(x, layer, config, taps, shared=True) if config.shared_dim else out
 
 
-def _spread(x, matrices, index, weights, form: str, mesh, rows: tuple[str, ...]):
+def _spread(x, matrices, index, weights, config: Config, mesh, rows: tuple[str, ...]):
     """The experts under a mesh: every device runs its own experts on its own tokens and those of its neighbours along
     the ``expert`` axis. Returns [M, D], or without ``weights`` what each expert made of each token, [M, k, D].
 
@@ -209,13 +237,15 @@ def _spread(x, matrices, index, weights, form: str, mesh, rows: tuple[str, ...])
     by_token = PartitionSpec(rows or None, None, None)
     others = tuple(a for a in mesh.axis_names if a not in rows)
     split = {a for spec in specs for part in spec for a in _names(part) if a != "fsdp"}
+    turns = "expert" in split and "expert" in rows
+    here = math.prod(mesh.shape[a] for a in rows if not (turns and a == "expert"))  # so many parts of the tokens
+    form = _form(config, index.size // here)
     extra = () if weights is None else (weights.reshape(B, T, -1),)
 
     def local(x, index, *rest):
         x = jax.lax.pcast(x, others, to="varying")
         *weights, gate, up, down = rest
         gate, up, down = (_whole(w, spec, mesh) for w, spec in zip((gate, up, down), specs, strict=True))
-        turns = "expert" in split and "expert" in rows
         if turns:
             x, index, *weights = (jax.lax.all_gather(v, "expert", tiled=True) for v in (x, index, *weights))
         if "expert" in split:
@@ -233,7 +263,9 @@ def _spread(x, matrices, index, weights, form: str, mesh, rows: tuple[str, ...])
         return (out / same if same > 1 else out).reshape(-1, T, *out.shape[1:])
 
     out_specs = PartitionSpec(rows or None, None, None, *([None] if weights is None else []))
-    spread = jax.shard_map(local, mesh=mesh, in_specs=(*[by_token] * (2 + len(extra)), *specs), out_specs=out_specs)
+    in_specs = (*[by_token] * (2 + len(extra)), *specs)
+    # A kernel does not say over which axes its results differ.
+    spread = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=form != "kernel")
     out = spread(x, index.reshape(B, T, -1), *extra, *matrices)
     return out.reshape(-1, *out.shape[2:])
 

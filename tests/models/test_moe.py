@@ -34,8 +34,9 @@ def run(layer, x, form: str):
     return moe(x, layer, CONFIG.replace(moe_form=form), Taps())
 
 
-@pytest.mark.parametrize("form", ["block", "ragged"])
-@pytest.mark.parametrize("tokens", [1, 150])
+@pytest.mark.parametrize(
+    ("form", "tokens"), [("block", 1), ("block", 150), ("ragged", 1), ("ragged", 150), ("kernel", 128)]
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_form_agrees_with_dense(form, tokens, masked, key):
     changes = {"expert_mask": jnp.array([True, False, True, True, False, True])} if masked else {}
@@ -134,11 +135,11 @@ def test_sharded_experts_agree_with_one_device(axes, name):
 @pytest.mark.parametrize(
     ("axes", "form", "rows"),
     [*[(axes, "block", 8) for axes in MESHES], (MESHES[0], "block", 3), (MESHES[2], "block", 3),
-     (MESHES[1], "ragged", 8), (MESHES[2], "ragged", 8), (MESHES[2], "dense", 8)],
+     (MESHES[1], "ragged", 8), (MESHES[2], "ragged", 8), (MESHES[2], "dense", 8), (MESHES[2], "kernel", 8)],
 )  # fmt: skip
 def test_values_and_gradients_under_a_mesh(axes, form, rows, key):
     config = CONFIG.replace(experts=8, top_k=3, moe_form=form)
-    layer, x = layer_of(key, config), jax.random.normal(key, (rows, 5, config.dim))
+    layer, x = layer_of(key, config), jax.random.normal(key, (rows, 5 if form != "kernel" else 64, config.dim))
 
     def loss(layer, x):
         out = moe(x, layer, config, Taps())
@@ -291,7 +292,7 @@ def test_a_checkpoint_has_one_number_of_experts():
         ({"experts": 0}, "needs experts"),
         ({"family": "llama"}, "has no experts"),
         ({"top_k": 7}, "top_k=7"),
-        ({"moe_form": "sparse"}, "dense, block, ragged"),
+        ({"moe_form": "sparse"}, "dense, block, ragged, kernel"),
         ({"groups": 4}, "groups=4 must divide experts=6"),
         ({"groups": 3, "top_groups": 4}, "top_groups=4"),
         ({"groups": 6}, "hold fewer than top_k=2"),
