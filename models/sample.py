@@ -176,7 +176,7 @@ def _last_logits(weights, config, hidden, counts):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "size", "repeat", "routing"))
-def _prefill(weights, tokens, lengths, *, config, size, repeat, routing):
+def _prefill(weights, tokens, lengths, *, config, size, repeat, routing=False):
     B, T = tokens.shape
     latent = config.kv_lora + config.rope_dim
     shape = (B, 1, T, latent) if config.kv_lora else (B, config.kv_heads, T, config.head_dim)
