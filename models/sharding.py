@@ -69,7 +69,8 @@ def whole(config, mesh: Mesh) -> dict[str, tuple[str, ...]]:
     leaves = jax.tree_util.tree_flatten_with_path(declare(config), is_leaf=lambda leaf: isinstance(leaf, Param))[0]
     for path, param in leaves:
         wanted = {axis for name in param.axes for axis in RULES[name] if mesh.shape.get(axis, 1) > 1}
-        used = {axis for part in spec_for(mesh, param.shape, param.axes) for axis in part or ()}
+        parts = spec_for(mesh, param.shape, param.axes)
+        used = {axis for part in parts for axis in ((part,) if isinstance(part, str) else part or ())}
         if wanted - used:
             out["/".join(str(key.key) for key in path)] = tuple(axis for axis in AXES if axis in wanted - used)
     return out
