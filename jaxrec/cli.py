@@ -251,6 +251,13 @@ def _join(text: str) -> bool:
     return jax.process_index() == 0
 
 
+def _wait(distributed: str | None, name: str) -> None:
+    if distributed is not None:
+        from models.sharding import barrier
+
+        barrier(name)
+
+
 def _execute(
     spec: str, overrides: Sequence[str], stages: str | None, workdir: str | None, distributed: str | None = None
 ) -> None:
@@ -265,22 +272,18 @@ def _execute(
         raise UsageError(f"{system.title} is not built yet; these are: {', '.join(built())}")
     chosen = _stages(system, stages)
     folder = Path(workdir or f"runs/{config.system}-{config.variant}")
-    first = True
-    if distributed is not None:
-        first = _join(distributed)  # before anything asks for a device
+    failure = folder / "error.txt"
+    first = True if distributed is None else _join(distributed)  # before anything asks for a device
     resumed = config_lib.check_workdir(folder, config)
-    if distributed is not None:
-        from models.sharding import barrier
-
-        barrier("checked the work folder")
+    _wait(distributed, "all have looked at the work folder")
     if first:
         config_lib.save_config(folder, config)
+        failure.unlink(missing_ok=True)
+    _wait(distributed, "the work folder is ready")
     flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags, which only absl.app would parse
     if first:
         print(f"{system.title} ({config.variant}), stages {', '.join(chosen)}")
         print(f"{'Continuing' if resumed else 'Writing to'} {folder}", flush=True)
-    failure = folder / "error.txt"
-    failure.unlink(missing_ok=True)
     try:
         system.load().run(config, folder, chosen)
     except UsageError:  # for instance a stage whose forerunner has not run: nothing to trace
