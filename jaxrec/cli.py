@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -145,6 +146,7 @@ def _define_run(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "the config", flag_values=values)
     flags.DEFINE_string("stages", None, "stages to run", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_string("distributed", None, "one of several processes", flag_values=values)
 
 
 def _define_demo(values: flags.FlagValues) -> None:
@@ -153,6 +155,7 @@ def _define_demo(values: flags.FlagValues) -> None:
 
 def _run(words: list[str]) -> None:
     overrides, rest = _split([word for word in words if word not in _HELP])
+    rest = ["--distributed=" if word.lstrip("-") == "distributed" else word for word in rest]  # the value is optional
     values, left = _parse("run", rest, _define_run)
     if len(words) != len(overrides) + len(rest):
         _help("run", *(_config_tree(values.config, overrides) if values.config else ()))
@@ -162,7 +165,7 @@ def _run(words: list[str]) -> None:
     if not values.config:
         names = ", ".join(config_lib.packaged_configs()) or "none"
         raise UsageError(f"run needs --config=FILE[:variant] or --config=NAME[:variant]; packaged configs: {names}")
-    _execute(values.config, overrides, values.stages, values.workdir)
+    _execute(values.config, overrides, values.stages, values.workdir, values.distributed)
 
 
 def _demo(words: list[str]) -> None:
@@ -213,7 +216,51 @@ def _stages(system: System, text: str | None) -> list[str]:
     return [name for name in system.stages if name in asked]
 
 
-def _execute(spec: str, overrides: Sequence[str], stages: str | None, workdir: str | None) -> None:
+def _place_among(text: str) -> tuple[str, int, int] | tuple[()]:
+    """The value of --distributed as (address, process, count); empty where the machines themselves know."""
+    if not text:
+        return ()
+    match = re.fullmatch(r"([^\s,:]+|\[[0-9a-fA-F:]+\]):(\d+),(\d+),(\d+)", text)
+    if match is None:
+        raise UsageError(
+            f"--distributed={text}: expected host:port,process,count, for instance 10.0.0.1:8476,0,2 for the first of "
+            "two processes; without a value on a pod of TPUs"
+        )
+    host, port, process, count = match[1], *map(int, match.groups()[1:])
+    if not 0 < port < 65536:
+        raise UsageError(f"--distributed={text}: port {port} lies outside 1 to 65535")
+    if process >= count:
+        raise UsageError(f"--distributed={text}: process {process} of {count}; processes count from 0 to {count - 1}")
+    return f"{host}:{port}", process, count
+
+
+def _join(text: str) -> bool:
+    """Makes this process one of several; whether it is the first one, which alone writes what the user reads."""
+    where = _place_among(text)
+    import jax
+
+    from models.sharding import join
+
+    try:
+        join(*where)
+    except ValueError as error:
+        raise UsageError(
+            f"--distributed finds no pod or cluster here ({error}); say who takes part: --distributed=host:port,"
+            "process,count"
+        ) from error
+    return jax.process_index() == 0
+
+
+def _wait(distributed: str | None, name: str) -> None:
+    if distributed is not None:
+        from models.sharding import barrier
+
+        barrier(name)
+
+
+def _execute(
+    spec: str, overrides: Sequence[str], stages: str | None, workdir: str | None, distributed: str | None = None
+) -> None:
     config = config_lib.resolve_config(spec, overrides)
     known = {**SYSTEMS, **RECIPES}
     if config.system not in known:
@@ -225,13 +272,18 @@ def _execute(spec: str, overrides: Sequence[str], stages: str | None, workdir: s
         raise UsageError(f"{system.title} is not built yet; these are: {', '.join(built())}")
     chosen = _stages(system, stages)
     folder = Path(workdir or f"runs/{config.system}-{config.variant}")
-    resumed = config_lib.check_workdir(folder, config)
-    config_lib.save_config(folder, config)
-    flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags, which only absl.app would parse
-    print(f"{system.title} ({config.variant}), stages {', '.join(chosen)}")
-    print(f"{'Continuing' if resumed else 'Writing to'} {folder}", flush=True)
     failure = folder / "error.txt"
-    failure.unlink(missing_ok=True)
+    first = True if distributed is None else _join(distributed)  # before anything asks for a device
+    resumed = config_lib.check_workdir(folder, config)
+    _wait(distributed, "all have looked at the work folder")
+    if first:
+        config_lib.save_config(folder, config)
+        failure.unlink(missing_ok=True)
+    _wait(distributed, "the work folder is ready")
+    flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags, which only absl.app would parse
+    if first:
+        print(f"{system.title} ({config.variant}), stages {', '.join(chosen)}")
+        print(f"{'Continuing' if resumed else 'Writing to'} {folder}", flush=True)
     try:
         system.load().run(config, folder, chosen)
     except UsageError:  # for instance a stage whose forerunner has not run: nothing to trace
@@ -242,7 +294,8 @@ def _execute(spec: str, overrides: Sequence[str], stages: str | None, workdir: s
         if isinstance(error, _EXPECTED):
             print(f"jaxrec: the run failed; full traceback in {failure}", file=sys.stderr)
         raise
-    _show_results(folder)
+    if first:
+        _show_results(folder)
 
 
 def _show_results(folder: Path) -> None:
@@ -424,12 +477,15 @@ def _optional_parts() -> list[tuple[str, str]]:
 _COMMANDS = {
     "run": _Command(
         _run,
-        "run --config=FILE[:variant] [--stages=a,b] [--workdir=DIR] [--config.FIELD=VALUE ...]",
+        "run --config=FILE[:variant] [--stages=a,b] [--workdir=DIR] [--distributed] [--config.FIELD=VALUE ...]",
         "run a system, or continue its run: the same command again goes on where it stopped",
         """  --config=FILE[:variant]   a config file, or the name of a packaged one (deeprec:demo);
                             without a variant, the first one of the file
   --stages=a,b              only these stages, in the system's order (default: all; `jaxrec systems` lists them)
   --workdir=DIR             folder of the run (default: runs/<system>-<variant>)
+  --distributed             this process is one of several that train together, each given the same command and a
+                            folder that all of them see; alone on a pod of TPUs, elsewhere
+                            --distributed=host:port,process,count (address of process 0, own number, how many)
   --config.FIELD=VALUE      sets a field of the config
 
 `jaxrec run --config=... --help` lists the fields of that config with their values and meaning.

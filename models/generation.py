@@ -9,6 +9,7 @@ import numpy as np
 from models.config import Config
 from models.params import Params
 from models.sample import FINISH_EOS, FINISH_STOP, decode, decode_weights, prefill
+from models.sharding import to_host
 from models.stops import stop_table
 
 
@@ -46,7 +47,7 @@ def generate_tokens(
         weights, config, session, jax.random.key(seed), limits, stops=stops, longest=longest,
         temperature=temperature, top_p=top_p, top_k=top_k,
     )  # fmt: skip
-    return jax.tree.map(np.asarray, out)
+    return to_host(out)
 
 
 def generate(

@@ -23,7 +23,7 @@ import numpy as np
 from models.config import Config
 from models.hf_config import config_from_hf, config_to_hf, text_part
 from models.params import Param, Params, declare
-from models.sharding import sharding_for
+from models.sharding import barrier, sharding_for, to_host
 from models.tokenizer import FILES, Tokenizer, load_tokenizer
 
 # Eight-bit weights are multiplied by the scales of their blocks as they are read, and are bfloat16 from there on.
@@ -317,6 +317,7 @@ def save(model: Model, path: str | Path, max_shard_bytes: int = 5_000_000_000) -
     appears complete or not at all: it is written beside its place and renamed. An existing model folder is replaced.
 
     max_shard_bytes: a new file is begun before this size is exceeded (a larger tensor has a file of its own).
+    Where there are several processes all must call this; the first one writes, and it returns when the folder is there.
     Raises FileExistsError when ``path`` is a folder that holds other things, ValueError when the parameters are not
     those of the config or the family cannot express it.
     """
@@ -330,6 +331,16 @@ def save(model: Model, path: str | Path, max_shard_bytes: int = 5_000_000_000) -
         )
     fields = config_to_hf(model.config, dtype, model.hf_config, model.generation_config)
     _refuse_foreign(path)
+    barrier(f"before {path}")  # nobody may look at the folder while it is replaced
+    if jax.process_index():
+        for _, fetch, _ in plan:  # parts of it lie here
+            fetch()
+    else:
+        _write(model, path, plan, fields, max_shard_bytes)
+    barrier(f"after {path}")
+
+
+def _write(model: Model, path: Path, plan: list, fields: dict[str, Any], max_shard_bytes: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -410,7 +421,7 @@ def _plan(model: Model) -> list[tuple[str, Callable[[], np.ndarray], int]]:
 
 def _fetcher(param: Param, array: jax.Array, at: tuple[int, ...]) -> Callable[[], np.ndarray]:
     def fetch() -> np.ndarray:
-        value = np.asarray(array[at])
+        value = to_host(array[at])
         value = value.reshape(param.hf_shape[::-1] if param.transpose else param.hf_shape)
         return np.ascontiguousarray(value.T if param.transpose else value)
 

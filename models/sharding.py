@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -57,6 +58,24 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def whole(config, mesh: Mesh) -> dict[str, tuple[str, ...]]:
+    """Parameters that a mesh axis was meant to split and does not divide: path -> those axes.
+
+    They are held whole along these axes, which is correct and costs memory: heads=6 over tensor=4, for instance.
+    """
+    from models.params import Param, declare  # declarations build on this module
+
+    out = {}
+    leaves = jax.tree_util.tree_flatten_with_path(declare(config), is_leaf=lambda leaf: isinstance(leaf, Param))[0]
+    for path, param in leaves:
+        wanted = {axis for name in param.axes for axis in RULES[name] if mesh.shape.get(axis, 1) > 1}
+        parts = spec_for(mesh, param.shape, param.axes)
+        used = {axis for part in parts for axis in ((part,) if isinstance(part, str) else part or ())}
+        if wanted - used:
+            out["/".join(str(key.key) for key in path)] = tuple(axis for axis in AXES if axis in wanted - used)
+    return out
+
+
 def spec_for(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str]) -> PartitionSpec:
     """Partition of an array with these logical axes; a mesh axis is used once and only where it divides."""
     used: set[str] = set()
@@ -96,13 +115,64 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     return x if mesh.empty else jax.lax.with_sharding_constraint(x, spec_for(mesh, x.shape, axes))
 
 
+def place(x, sharding: NamedSharding) -> jax.Array:
+    """A host array, or an array of this process's devices, laid out as ``sharding`` says.
+
+    Where the mesh spans several processes, each holds all of ``x`` and puts its own parts: ``device_put`` would send
+    the whole of it round first, to compare.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    if jax.dtypes.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key):
+        return jax.jit(_same, out_shardings=sharding)(x)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def to_host(tree):
+    """NumPy arrays of a tree of arrays; of a mesh that spans several processes, all of them must call this."""
+
+    def fetch(x):
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            x = jax.jit(_same, out_shardings=NamedSharding(x.sharding.mesh, PartitionSpec()))(x)
+        return np.asarray(x)
+
+    return jax.tree.map(fetch, tree)
+
+
+def join(address: str | None = None, process: int | None = None, count: int | None = None) -> None:
+    """Make this process one of several that share one mesh; call it before anything else asks for a device.
+
+    Without arguments a pod of TPUs (or a cluster that JAX knows) says who takes part; else the first process listens at
+    ``address`` ("host:port"), and this one is ``process`` of ``count``.
+    """
+    # Of CPUs only: the default has no collectives between processes, and programs that are dispatched side by side wait
+    # for each other for ever, since processes may start them in different orders.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.distributed.initialize(address, count, process)
+
+
+def barrier(name: str) -> None:
+    """Wait until every process has come here; ``name`` must be the same in all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _same(x):
+    return x
+
+
 def shard_batch(mesh: Mesh | None, batch):
-    """Put a tree of host arrays on the mesh, split along the leading axis (replicated where it does not divide)."""
+    """Put a tree of host arrays on the mesh, split along the leading axis (replicated where it does not divide).
+
+    Every process passes the whole batch and puts its own rows.
+    """
     if mesh is None:
         return jax.device_put(batch)
 
     def put(x):
         axes = ("batch",) + ("time",) * (np.ndim(x) - 1) if np.ndim(x) else ()
-        return jax.device_put(x, sharding_for(mesh, np.shape(x), axes))
+        return place(x, sharding_for(mesh, np.shape(x), axes))
 
     return jax.tree.map(put, batch)

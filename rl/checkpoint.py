@@ -40,7 +40,6 @@ class Restored:
     meta: dict[str, Any]
 
 
-@jax.jit
 def _bits(leaf: jax.Array) -> jax.Array:
     """Order-independent sum of a leaf's bits mod 2^32, weighted by position: the same on every mesh."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -55,10 +54,15 @@ def _bits(leaf: jax.Array) -> jax.Array:
     return jnp.sum(words * (place * np.uint32(2) + np.uint32(1)), dtype=jnp.uint32)
 
 
+@jax.jit
+def _all_bits(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_bits(leaf) for leaf in leaves]
+
+
 def fingerprint(tree: Any) -> dict[str, int]:
     """A 32-bit checksum per array, by its path in the tree; equal for equal bits however they are sharded."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    sums = jax.device_get([_bits(leaf) for _, leaf in leaves])
+    sums = jax.device_get(_all_bits([leaf for _, leaf in leaves]))
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
 
 

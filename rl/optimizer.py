@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from models.sharding import place
+
 SCHEDULES = ("constant", "cosine", "linear")
 _NO_DECAY = ("norm", "bias", "scale")
 # Decoder weights that Muon steps: axes of the input and of the output; axis 0 stacks the layers.
@@ -142,7 +144,7 @@ def init_state(params: Any, config: OptimizerConfig, seed: int | jax.Array = 0) 
         return TrainState(params, jax.jit(optimizer.init)(params), step, key)
     shardings, whole = places
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    return TrainState(params, opt_state, jax.device_put(step, whole), jax.device_put(key, whole))
+    return TrainState(params, opt_state, place(step, whole), place(key, whole))
 
 
 def abstract_state(params: Any, config: OptimizerConfig) -> TrainState:
@@ -170,11 +172,11 @@ def _places(params: Any, optimizer: optax.GradientTransformation) -> tuple[Any, 
     # state whose path ends like a weight's lies where that weight lies (counts and the like: everywhere).
     weights = dict(jax.tree_util.tree_flatten_with_path(params)[0])
 
-    def place(path, leaf):
+    def beside(path, leaf):
         twin = next((weights[path[i:]] for i in range(len(path)) if path[i:] in weights), None)
         return twin.sharding if twin is not None and twin.shape == leaf.shape else whole
 
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params)), whole
+    return jax.tree_util.tree_map_with_path(beside, jax.eval_shape(optimizer.init, params)), whole
 
 
 def apply_gradients(state: TrainState, grads: Any, config: OptimizerConfig) -> tuple[TrainState, dict[str, Any]]:

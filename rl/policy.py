@@ -17,7 +17,7 @@ from flax import struct
 
 from models.config import Config
 from models.sample import bucket
-from models.sharding import RULES, shard_batch, use_mesh
+from models.sharding import RULES, shard_batch, to_host, use_mesh
 from rl import advantages, losses
 from rl.logprobs import selection, token_logprobs
 from rl.optimizer import OptimizerConfig, TrainState, accumulate_gradients, apply_gradients
@@ -341,7 +341,7 @@ def update(
             chosen = jax.tree.map(lambda x, part=part: np.asarray(x)[part], batch)
             with use_mesh(mesh):
                 state, metrics = run(state, shard_batch(mesh, chosen), static, model_config)
-            bad = np.flatnonzero(np.asarray(metrics.pop("bad_rows")))
+            bad = np.flatnonzero(to_host(metrics.pop("bad_rows")))
             if bad.size:
                 names = ", ".join(str(chosen.row[i]) for i in bad[:8])
                 raise FloatingPointError(

@@ -14,6 +14,7 @@ import numpy as np
 from models.config import Config
 from models.generation import pad_rows
 from models.sample import FINISH_EOS, FINISH_STOP, bucket, decode, decode_weights, extend, prefill
+from models.sharding import to_host
 from models.stops import stop_table
 from rl import trajectory as tr
 from rl.envs.base import Action, Environment
@@ -87,7 +88,7 @@ def rollout(
             temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
             longest=min(int(trajectory.lengths.max()), size - int(limits.max())), steps=bucket(options.max_new),
         )  # fmt: skip
-        decoded = jax.tree.map(np.asarray, decoded)
+        decoded = to_host(decoded)
         if not np.isfinite(decoded.logprobs).all():
             row = int(np.flatnonzero(~np.isfinite(decoded.logprobs).all(1))[0])
             raise FloatingPointError(

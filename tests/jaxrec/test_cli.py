@@ -56,6 +56,7 @@ class Recipe:
             "comparisons": [{"name": "after - before", "metric": "ndcg@10", "difference": 0.15, "low": 0.1,
                              "high": 0.2, "criterion": "low > 0", "met": True}],
         }  # fmt: skip
+        workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "result.json").write_text(json.dumps(result))
         return result
 
@@ -99,6 +100,49 @@ def test_run_again_continues_and_another_config_is_refused(config_file: str, rec
     assert len(recipe.calls) == 2
 
 
+@pytest.mark.parametrize(
+    ("word", "where"),
+    [
+        ("--distributed", (None, None, None)),
+        ("--distributed=10.0.0.1:84,1,2", ("10.0.0.1:84", 1, 2)),
+        ("--distributed=[::1]:84,0,2", ("[::1]:84", 0, 2)),
+    ],
+)
+def test_processes_join_before_the_recipe_and_the_first_one_writes(
+    word, where, config_file: str, recipe: Recipe, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    import jax
+
+    from models import sharding
+
+    joined = []
+    monkeypatch.setattr(sharding, "join", lambda address=None, process=None, count=None: joined.append(
+        (address, process, count, len(recipe.calls))
+    ))  # fmt: skip
+    monkeypatch.setattr(jax, "process_index", lambda: where[1] or 0)
+    code, out, err = answer(capsys, "run", f"--config={config_file}", word, "--workdir=w")
+    assert joined == [(*where, 0)]
+    if where[1]:  # another process writes the folder
+        assert (code, out) == (cli.OK, ""), err
+        assert not Path("w/config.json").exists()
+    else:
+        assert code == cli.OK, err
+        assert Path("w/report.html").is_file()
+
+
+def test_without_a_pod_the_processes_must_be_named(config_file: str, recipe: Recipe, capsys, monkeypatch):
+    from models import sharding
+
+    def join():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(sharding, "join", join)
+    code, _, err = answer(capsys, "run", f"--config={config_file}", "--distributed")
+    assert code == cli.USAGE
+    assert "--distributed=host:port,process,count" in err
+    assert not recipe.calls
+
+
 def test_stages_run_in_the_systems_order(config_file: str, recipe: Recipe, capsys):
     assert answer(capsys, "run", f"--config={config_file}", "--stages=evaluate,trm")[0] == cli.OK
     assert recipe.calls[0][2] == ["trm", "evaluate"]
@@ -118,6 +162,10 @@ def test_stages_run_in_the_systems_order(config_file: str, recipe: Recipe, capsy
         (["run", "--config=mine.py", "--wrkdir=x"], ["no option --wrkdir", "workdir", "usage:"]),
         (["run", "--config=mine.py", "extra"], ["unexpected argument 'extra'"]),
         (["run", "--config=mine.py", "--workdir=mine.py"], ["is a file"]),
+        (["run", "--config=mine.py", "--distributed=here"], ["--distributed=here", "host:port,process,count"]),
+        (["run", "--config=mine.py", "--distributed=a:1,0"], ["host:port,process,count"]),
+        (["run", "--config=mine.py", "--distributed=a:99999,0,2"], ["port 99999", "65535"]),
+        (["run", "--config=mine.py", "--distributed=a:1,2,2"], ["process 2 of 2", "from 0 to 1"]),
         (["report"], ["one WORKDIR"]),
         (["report", "nothing"], ["no folder nothing"]),
         (["report", "."], ["not a run's folder"]),
