@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,6 +16,7 @@ from absl import flags
 from jaxrec import __version__
 from jaxrec import config as config_lib
 from jaxrec.config import UsageError, nearest
+from jaxrec.machine import join, optional_parts, wait
 from jaxrec.systems import RECIPES, SYSTEMS, System, built
 
 OK, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -216,48 +215,6 @@ def _stages(system: System, text: str | None) -> list[str]:
     return [name for name in system.stages if name in asked]
 
 
-def _place_among(text: str) -> tuple[str, int, int] | tuple[()]:
-    """The value of --distributed as (address, process, count); empty where the machines themselves know."""
-    if not text:
-        return ()
-    match = re.fullmatch(r"([^\s,:]+|\[[0-9a-fA-F:]+\]):(\d+),(\d+),(\d+)", text)
-    if match is None:
-        raise UsageError(
-            f"--distributed={text}: expected host:port,process,count, for instance 10.0.0.1:8476,0,2 for the first of "
-            "two processes; without a value on a pod of TPUs"
-        )
-    host, port, process, count = match[1], *map(int, match.groups()[1:])
-    if not 0 < port < 65536:
-        raise UsageError(f"--distributed={text}: port {port} lies outside 1 to 65535")
-    if process >= count:
-        raise UsageError(f"--distributed={text}: process {process} of {count}; processes count from 0 to {count - 1}")
-    return f"{host}:{port}", process, count
-
-
-def _join(text: str) -> bool:
-    """Makes this process one of several; whether it is the first one, which alone writes what the user reads."""
-    where = _place_among(text)
-    import jax
-
-    from models.sharding import join
-
-    try:
-        join(*where)
-    except ValueError as error:
-        raise UsageError(
-            f"--distributed finds no pod or cluster here ({error}); say who takes part: --distributed=host:port,"
-            "process,count"
-        ) from error
-    return jax.process_index() == 0
-
-
-def _wait(distributed: str | None, name: str) -> None:
-    if distributed is not None:
-        from models.sharding import barrier
-
-        barrier(name)
-
-
 def _execute(
     spec: str, overrides: Sequence[str], stages: str | None, workdir: str | None, distributed: str | None = None
 ) -> None:
@@ -273,13 +230,13 @@ def _execute(
     chosen = _stages(system, stages)
     folder = Path(workdir or f"runs/{config.system}-{config.variant}")
     failure = folder / "error.txt"
-    first = True if distributed is None else _join(distributed)  # before anything asks for a device
+    first = True if distributed is None else join(distributed)  # before anything asks for a device
     resumed = config_lib.check_workdir(folder, config)
-    _wait(distributed, "all have looked at the work folder")
+    wait(distributed, "all have looked at the work folder")
     if first:
         config_lib.save_config(folder, config)
         failure.unlink(missing_ok=True)
-    _wait(distributed, "the work folder is ready")
+    wait(distributed, "the work folder is ready")
     flags.FLAGS.mark_as_parsed()  # grain reads absl's global flags, which only absl.app would parse
     if first:
         print(f"{system.title} ({config.variant}), stages {', '.join(chosen)}")
@@ -449,29 +406,12 @@ def _systems(words: list[str]) -> None:
     for recipe in RECIPES.values():
         print(f"{recipe.title}\n    {recipe.line}\n    config: --config=configs/{recipe.name}.py")
     print("\nOptional parts of this machine")
-    for part, state in _optional_parts():
+    for part, state in optional_parts():
         print(f"    {part:<14} {state}")
     if values.devices:
         import jax
 
         print(f"    {'devices':<14} {', '.join(f'{d.device_kind} ({d.platform})' for d in jax.devices())}")
-
-
-def _optional_parts() -> list[tuple[str, str]]:
-    """What is installed, found without importing any of it."""
-
-    def state(module: str, present: str, absent: str) -> str:
-        return present if importlib.util.find_spec(module) else absent
-
-    return [
-        (
-            "GPU",
-            state("jax_cuda13_plugin", "JAX's CUDA plugin installed", "no CUDA plugin: pip install 'jaxrec[cuda]'"),
-        ),
-        ("TPU", state("libtpu", "libtpu installed", "no libtpu: pip install 'jaxrec[tpu]'")),
-        ("torch", state("torch", "installed (live parity tests)", "not installed: only `-m parity` tests need it")),
-        ("trl", state("trl", "installed (live parity tests)", "not installed: only `-m parity` tests need it")),
-    ]
 
 
 _COMMANDS = {
