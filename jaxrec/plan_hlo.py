@@ -66,7 +66,7 @@ class Collective:
 class Counts:
     """What one device does per step. flops: of matrix products and convolutions; memory_bytes: read and written in main
     memory, an estimate from the operands of what was fused; open_loops: loops of unknown length, counted once; kernels:
-    runs of kernels written for the TPU (Pallas, ragged products), whose FLOPs the text does not tell."""
+    runs of kernels written for the TPU (fused attention, products of experts), whose FLOPs the text does not tell."""
 
     flops: float
     memory_bytes: float

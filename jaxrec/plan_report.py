@@ -122,8 +122,8 @@ def notes(out: dict[str, Any]) -> list[str]:
             )
         if not p["refused"] and p["kernels"]:
             lines.append(
-                f"{p['name']}: the FLOPs of one chip leave out {p['kernels']:,.0f} runs of kernels (ragged products), "
-                "those of all chips count them"
+                f"{p['name']}: the FLOPs leave out {p['kernels']:,.0f} runs of kernels (fused attention, products of "
+                "experts), so compute is underestimated"
             )
         if not p["refused"] and p["name"] == "update" and p["flops"] and p["total_flops"]:
             more = p["flops"] * out["devices"] / p["total_flops"]
