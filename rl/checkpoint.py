@@ -17,6 +17,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models.sharding import place
 
 
 class Resumable(Protocol):
@@ -40,6 +43,7 @@ class Restored:
     meta: dict[str, Any]
 
 
+@jax.jit
 def _bits(leaf: jax.Array) -> jax.Array:
     """Order-independent sum of a leaf's bits mod 2^32, weighted by position: the same on every mesh."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -54,19 +58,40 @@ def _bits(leaf: jax.Array) -> jax.Array:
     return jnp.sum(words * (place * np.uint32(2) + np.uint32(1)), dtype=jnp.uint32)
 
 
-@jax.jit
-def _all_bits(leaves: list[jax.Array]) -> list[jax.Array]:
-    return [_bits(leaf) for leaf in leaves]
-
-
 def fingerprint(tree: Any) -> dict[str, int]:
     """A 32-bit checksum per array, by its path in the tree; equal for equal bits however they are sharded."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    sums = jax.device_get(_all_bits([leaf for _, leaf in leaves]))
-    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums, strict=True)}
+    # One after the other: with several processes on CPUs, sums that run side by side may wait for each other for ever.
+    return {jax.tree_util.keystr(path): int(jax.device_get(_bits(leaf))) for path, leaf in leaves}
+
+
+def _is_local(leaf: Any) -> bool:
+    """Whether a process of several holds all of ``leaf`` itself: Orbax wants arrays that all of them share."""
+    sharding = getattr(leaf, "sharding", None)
+    return jax.process_count() > 1 and (sharding is None or sharding.is_fully_addressable)
+
+
+def _everywhere() -> NamedSharding:
+    return NamedSharding(Mesh(np.asarray(jax.devices()), ("devices",)), PartitionSpec())
+
+
+def _shared(leaf: Any) -> Any:
+    """What Orbax saves for ``leaf``; of a local one, the first process's."""
+    return place(leaf, _everywhere()) if _is_local(leaf) else leaf
+
+
+def _own(leaf: jax.Array, like: Any) -> Any:
+    """A restored leaf, where ``like`` lies."""
+    if not _is_local(like):
+        return leaf
+    here = leaf.addressable_data(0)
+    sharding = getattr(like, "sharding", None)
+    return np.asarray(here) if sharding is None else jax.device_put(here, sharding)
 
 
 def _abstract(leaf: Any) -> Any:
+    if _is_local(leaf):
+        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=_everywhere())
     if isinstance(leaf, jax.Array):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf  # Orbax restores arrays, not NumPy scalars
@@ -107,7 +132,11 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, iterator: Resumable | None = None, meta: Mapping[str, Any] | None = None):
-        """Write ``state`` (a tree of arrays), the iterator's position and ``meta`` (JSON) as one step."""
+        """Write ``state`` (a tree of arrays), the iterator's position and ``meta`` (JSON) as one step.
+
+        Where there are several processes all must call this, and :meth:`restore`, with a folder that all of them see.
+        """
+        state = jax.tree.map(_shared, state)
         run = {
             "meta": dict(meta or {}),
             "iterator": _pack(iterator.get_state()) if iterator is not None else None,
@@ -143,6 +172,7 @@ class Checkpointer:
                 for bad, error in failures:
                     self._set_aside(bad, error, candidate)
                 state, run = restored
+                state = jax.tree.map(_own, state, target)
                 self._set_position(iterator, run, candidate)
                 return Restored(state, candidate, run["meta"])
         if not failures:

@@ -487,6 +487,8 @@ RECIPE = {"trm": trm, "cold_start": cold_start, "cold_rl": cold_rl, "rec_rl": re
 
 def _note_seconds(folder: Path, stage: str, seconds: float) -> None:
     """Add to <workdir>/seconds.json what a stage took, over all runs that worked on it."""
+    if jax.process_index():
+        return
     path = folder / "seconds.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     known[stage] = round(known.get(stage, 0.0) + seconds, 2)
