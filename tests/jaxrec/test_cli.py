@@ -334,3 +334,21 @@ def test_generate_without_tokenizer_says_so(tmp_path: Path, capsys, monkeypatch:
     code, _, err = answer(capsys, "generate", str(tmp_path), "--prompt=once")
     assert code == cli.USAGE
     assert "no tokenizer" in err
+
+
+def test_computing_commands_start_anew_with_huge_pages(monkeypatch):
+    started = []
+    monkeypatch.setattr(cli.os, "execv", lambda program, words: started.append((program, words)))
+    monkeypatch.setattr(cli, "main", lambda: 7)
+    monkeypatch.setattr(cli.sys, "platform", "linux")
+    monkeypatch.setattr(cli.sys, "orig_argv", ["python", "/bin/jaxrec", "demo", "--workdir=x"])
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    for words, starts in ((["jaxrec", "systems"], 0), (["jaxrec"], 0), (["jaxrec", "demo", "--workdir=x"], 1)):
+        monkeypatch.setattr(cli.sys, "argv", words)
+        assert cli.entry() == 7
+        assert len(started) == starts
+    assert started == [(cli.sys.executable, [cli.sys.executable, "/bin/jaxrec", "demo", "--workdir=x"])]
+    assert "hugetlb=1" in cli.os.environ["GLIBC_TUNABLES"]
+    assert cli.entry() == 7  # the second process finds the setting, and goes on
+    assert len(started) == 1
+    monkeypatch.delenv("GLIBC_TUNABLES")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import time
 
 import pytest
@@ -87,3 +88,24 @@ def test_phase_timer_adds_up_and_starts_over():
     assert seconds["rollout"] >= 0.02
     assert "update" in seconds
     assert timer.take() == {}
+
+
+def test_writers_side_by_side_share_the_terminal_and_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.sys.stderr, "isatty", lambda: True, raising=False)
+    with metrics.MetricsWriter(tmp_path, "a", 20) as one, metrics.MetricsWriter(tmp_path, "b", 20) as other:
+
+        def work(writer):
+            for step in range(1, 21):
+                writer.write(step, {"loss": 1.0})
+                if step == 10:
+                    writer.resume(10)
+
+        threads = [threading.Thread(target=work, args=(writer,)) for writer in (one, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert metrics._BARS is not None
+    assert metrics._BARS is None
+    for stage in ("a", "b"):
+        assert [row["step"] for row in metrics.read_metrics(tmp_path, stage)] == list(range(1, 21))

@@ -99,10 +99,22 @@ def test_batched_and_single_calls_agree_and_shapes_do_not_recompile():
         np.testing.assert_allclose(one[0, 1:], together[row, 1:], atol=1e-5)
     server.recommend(history, lengths, k=3)
     compiled = base_module._recommend._cache_size()
-    for rows in (4, 3, 4):  # 3 rows are padded to 4
+    for rows in (4, 3, 4):  # all are padded to the smallest batch
         ids, _ = server.recommend(history[:rows], lengths[:rows], k=3)
         assert ids.shape == (rows, 3)
     assert base_module._recommend._cache_size() == compiled
+
+
+def test_many_rows_go_in_parts(monkeypatch, rng):
+    server = Recommender(_sasrec())
+    history, lengths = rng.integers(1, ITEMS + 1, (21, 6)), rng.integers(1, 7, 21)
+    seen = rng.integers(0, ITEMS + 1, (21, 2))
+    whole = server.recommend(history, lengths, k=4, exclude_seen=seen)
+    monkeypatch.setattr(Recommender, "SMALLEST", 4)
+    monkeypatch.setattr(Recommender, "LARGEST", 8)
+    parts = server.recommend(history, lengths, k=4, exclude_seen=seen)
+    np.testing.assert_array_equal(parts[0], whole[0])
+    np.testing.assert_allclose(parts[1], whole[1], atol=1e-6)
 
 
 def test_exclusion():
