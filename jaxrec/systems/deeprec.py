@@ -271,7 +271,8 @@ def train_baselines(this: Run, stop: threading.Event | None = None) -> dict[str,
 
 def trm(this: Run) -> None:
     """The tool and the baselines: side by side on a CPU, where one compiles while the other trains."""
-    if this.mesh is not None or jax.default_backend() != "cpu":
+    # Several processes must save in the same order, since they wait for each other there.
+    if this.mesh is not None or jax.process_count() > 1 or jax.default_backend() != "cpu":
         train_trm(this)
         train_baselines(this)
         return
