@@ -24,7 +24,7 @@ _HELP = {"-h", "--help", "-help", "--helpfull"}
 # Errors whose message is written for the user. Anything else is a defect here, and its traceback is shown.
 _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 # What glibc must know before a process begins: large arrays go on huge pages, and freed memory is kept for the next
-# step. Without it a training step on CPU spends a fifth to a third of its time in page faults.
+# step. Without it a training step on CPU takes a fifth to a half longer.
 _ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=1073741824"
 _COMPUTING = ("run", "demo", "generate")
 

@@ -193,13 +193,13 @@ def whole_parameters(model: Any, mesh: Any) -> list[dict[str, Any]]:
     import jax
 
     from models.params import Param, declare
-    from models.sharding import RULES, spec_for
+    from models.sharding import RULES, axes_of, spec_for
 
     found = []
     leaves = jax.tree_util.tree_flatten_with_path(declare(model), is_leaf=lambda leaf: isinstance(leaf, Param))[0]
     for path, p in leaves:
         spec = spec_for(mesh, p.shape, p.axes)
-        used = [(part,) if isinstance(part, str) else part or () for part in spec]
+        used = [axes_of(part) for part in spec]
         for size, axis, taken in zip(p.shape, p.axes, used, strict=True):
             wanted = tuple(a for a in RULES[axis] if mesh.shape.get(a, 1) > 1)
             if wanted and not set(wanted) <= set(taken):

@@ -31,7 +31,7 @@ class Look:
 
     slots: int32 [B or 1, T], where the queries stand among the S keys. window: int32 scalar, or None for all.
     segments: int32 [B, S], or None. straight: query t stands at slot t, and S = T. sliding: the window where it is
-    known while tracing (None: there is none, or it differs by layer, see ``varies``).
+    known while tracing (None: there is none, or it differs by layer).
     """
 
     slots: jax.Array
@@ -39,7 +39,11 @@ class Look:
     segments: jax.Array | None = None
     straight: bool = struct.field(pytree_node=False, default=False)
     sliding: int | None = struct.field(pytree_node=False, default=None)
-    varies: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def varies(self) -> bool:
+        """Whether there is a window that is not known while tracing."""
+        return self.window is not None and self.sliding is None
 
     def mask(self, keys: int) -> jax.Array:
         """bool [B or 1, T, S], True where a query may look."""
@@ -68,7 +72,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, look: Look, config: Conf
     hooked = any(taps.wants(site) for site in _SITES)
     blocked = any(taps.wants_blocks(site) for site in _SITES)
     if not hooked and not blocked and look.straight and q.shape[1] > 1:
-        if platform() == "tpu" and _splash_fits(q, v, look):
+        if platform() == "tpu" and _splash_fits(q, look):
             return _splash(q, k, v, look, config)
         if platform() == "gpu" and _cudnn_fits(q, v, look, config):
             return _cudnn(q, k, v, look, config)

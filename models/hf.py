@@ -133,6 +133,7 @@ class _Checkpoint(contextlib.ExitStack):
     def __init__(self, folder: Path, config: Config, block: tuple[int, int]):
         super().__init__()
         self._folder, self._block = folder, block
+        self._starts: dict[str, dict[str, int]] = {}  # file -> tensor -> its first byte
         self._theirs: dict[str, str] = {}  # our name of a tensor -> the file's, where that is another
         self._files: dict[str, Any] = {}
         self._where = self._locate()
@@ -196,7 +197,7 @@ class _Checkpoint(contextlib.ExitStack):
                 "left out",
                 stacklevel=4,
             )
-            extra = [n for n in extra if n not in set(behind)]
+            extra = sorted(set(extra) - set(behind))
         if extra:
             found = sorted(f"{n} (in {self._where[n]})" for n in extra)
             raise ValueError(
@@ -223,14 +224,17 @@ class _Checkpoint(contextlib.ExitStack):
 
     def _slice(self, name: str) -> Any:
         """A tensor of which parts can be read, with ``get_shape``, ``get_dtype`` and slices as safetensors has them."""
-        file = self._folder / self._where[name]
-        piece = self._open(self._where[name]).get_slice(self._theirs.get(name, name))
+        file, theirs = self._folder / self._where[name], self._theirs.get(name, name)
+        piece = self._open(self._where[name]).get_slice(theirs)
         if piece.get_dtype() != "F8_E4M3":
             return piece
         if name + _SCALES not in self._where:
             raise ValueError(f"{file}: tensor {name} has eight bits, but its scales {name + _SCALES} are missing")
-        scales = self._open(self._where[name + _SCALES]).get_tensor(name + _SCALES)
-        return _Scaled(file, name, tuple(piece.get_shape()), np.asarray(scales, np.float32), self._block)
+        scales = self._open(self._where[name + _SCALES]).get_tensor(theirs + _SCALES)
+        if file.name not in self._starts:
+            self._starts[file.name] = _tensor_starts(file)
+        shape, start = tuple(piece.get_shape()), self._starts[file.name][theirs]
+        return _Scaled(file, name, shape, start, np.asarray(scales, np.float32), self._block)
 
     def read(self, param: Param, mesh: jax.sharding.Mesh | None, dtype: str | None) -> jax.Array:
         """One parameter as an array; each piece that devices share is read once."""
@@ -251,17 +255,24 @@ class _Checkpoint(contextlib.ExitStack):
         return jax.make_array_from_single_device_arrays(param.shape, sharding, arrays)
 
 
+def _tensor_starts(file: Path) -> dict[str, int]:
+    """Where each tensor of a safetensors file begins, in bytes."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+
 class _Scaled:
     """A matrix of eight-bit floats in a safetensors file, multiplied by the scales of its blocks as parts are read.
 
     The library has no such type for NumPy, so the bytes are mapped from the file here.
     """
 
-    def __init__(self, file: Path, name: str, shape: tuple[int, ...], scales: np.ndarray, block: tuple[int, int]):
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            start = json.loads(stream.read(size))[name]["data_offsets"][0]
-        self._bytes = np.memmap(file, jnp.float8_e4m3fn, "r", 8 + size + start, shape)
+    def __init__(
+        self, file: Path, name: str, shape: tuple[int, ...], start: int, scales: np.ndarray, block: tuple[int, int]
+    ):
+        self._bytes = np.memmap(file, jnp.float8_e4m3fn, "r", start, shape)
         self._scales, self._block = scales, block
         wanted = tuple(-(-n // b) for n, b in zip(shape, block, strict=True))
         if scales.shape != wanted:

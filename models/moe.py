@@ -20,7 +20,7 @@ from models.config import Config
 from models.mlp import mlp
 from models.params import Params
 from models.platform import platform
-from models.sharding import spec_for
+from models.sharding import axes_of, spec_for
 from models.taps import Taps
 
 _FAR = 1e4  # more than scores and their biases can differ by, little enough to keep their order in float32
@@ -118,35 +118,38 @@ def _rows_of(out: jax.Array, index: jax.Array) -> jax.Array:
     return out.at[jnp.arange(len(out))[:, None], index].get(mode="fill", fill_value=0)
 
 
-def _ragged(x, gate, up, down, index):
-    (M, k), E = index.shape, gate.shape[0]
-    order = jnp.argsort(index.reshape(-1), stable=True)
-    sizes = jnp.zeros(E, jnp.int32).at[index.reshape(-1)].add(1, mode="drop")
-    out = _expert(x[order // k], gate, up, down, lambda a, w: jax.lax.ragged_dot(a, w, sizes))
-    back = jnp.zeros_like(order).at[order].set(jnp.arange(M * k), unique_indices=True)
-    return jnp.where((index < E)[..., None], out[back].reshape(M, k, -1), 0)
+def _grouped(x, gate, up, down, index, multiply):
+    """The pairs in order of their experts; ``multiply(a [M k, ..], w [E, .., ..], sizes [E])`` is a grouped product.
 
-
-def _kernel(x, gate, up, down, index):
-    """As ``_ragged`` with the grouped product that JAX ships for TPUs: ``lax.ragged_dot`` has a dense gradient there.
-
-    The kernel leaves rows of no expert unwritten, so they are set to 0 behind each product, and their gradients with
-    them. On other platforms it is interpreted, which is slow.
+    Rows whose expert is elsewhere come last and belong to no group: they are set to 0 behind each product, and their
+    gradients with them, whatever the product leaves there.
     """
-    from jax.experimental.pallas.ops.tpu.megablox import gmm
-
     (M, k), E = index.shape, gate.shape[0]
     order = jnp.argsort(index.reshape(-1), stable=True)
     sizes = jnp.zeros(E, jnp.int32).at[index.reshape(-1)].add(1, mode="drop")
     real = (jnp.arange(M * k) < sizes.sum())[:, None]
-    tiles = math.gcd(M * k, 512), min(1024, gate.shape[1], gate.shape[2]), min(1024, gate.shape[1], gate.shape[2])
 
     def product(a, w):
-        return jnp.where(real, gmm(a, w, sizes, a.dtype, tiles, interpret=platform() != "tpu"), 0)
+        return jnp.where(real, multiply(a, w, sizes), 0)
 
     out = _expert(jnp.where(real, x[order // k], 0), gate, up, down, product)
     back = jnp.zeros_like(order).at[order].set(jnp.arange(M * k), unique_indices=True)
     return out[back].reshape(M, k, -1)
+
+
+def _ragged(x, gate, up, down, index):
+    return _grouped(x, gate, up, down, index, jax.lax.ragged_dot)
+
+
+def _kernel(x, gate, up, down, index):
+    """With the grouped product that JAX ships for TPUs: ``lax.ragged_dot`` has a dense gradient there. On other
+    platforms it is interpreted, which is slow."""
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    side = min(1024, *gate.shape[1:])
+    tiles = math.gcd(index.size, 512), side, side
+    run = functools.partial(gmm, tiling=tiles, interpret=platform() != "tpu")
+    return _grouped(x, gate, up, down, index, lambda a, w, sizes: run(a, w, sizes, a.dtype))
 
 
 def block_size(tokens: int, top_k: int, experts: int) -> int:
@@ -207,7 +210,7 @@ def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     flat = x.reshape(-1, x.shape[-1])
     mesh = jax.sharding.get_abstract_mesh()
     alone = mesh.empty or mesh.size == 1
-    rows = () if alone else _names(spec_for(mesh, x.shape, ("batch", "time", "model"))[0])
+    rows = () if alone else axes_of(spec_for(mesh, x.shape, ("batch", "time", "model"))[0])
     if "routing" in layer:
         layer = {**layer, "routing": layer["routing"].reshape(len(flat), -1)}
     index, weights = route(flat, layer, config, taps, rows)
@@ -236,7 +239,7 @@ def _spread(x, matrices, index, weights, config: Config, mesh, rows: tuple[str, 
     specs = [spec_for(mesh, w.shape, names) for w, names in zip(matrices, axes, strict=True)]
     by_token = PartitionSpec(rows or None, None, None)
     others = tuple(a for a in mesh.axis_names if a not in rows)
-    split = {a for spec in specs for part in spec for a in _names(part) if a != "fsdp"}
+    split = {a for spec in specs for part in spec for a in axes_of(part) if a != "fsdp"}
     turns = "expert" in split and "expert" in rows
     here = math.prod(mesh.shape[a] for a in rows if not (turns and a == "expert"))  # so many parts of the tokens
     form = _form(config, index.size // here)
@@ -270,21 +273,16 @@ def _spread(x, matrices, index, weights, config: Config, mesh, rows: tuple[str, 
     return out.reshape(-1, *out.shape[2:])
 
 
-def _names(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return (part,) if isinstance(part, str) else part or ()
-
-
 def _whole(w: jax.Array, spec: PartitionSpec, mesh) -> jax.Array:
     """A device's part of a matrix, gathered along the ``fsdp`` axis.
 
     It is declared to differ between all devices here, so that the sum of its gradients over devices happens here too:
     inside the loop over blocks, where devices take different branches, they would wait for each other for ever.
     """
-    known = {a for part in spec for a in _names(part)}
+    known = {a for part in spec for a in axes_of(part)}
     w = jax.lax.pcast(w, tuple(a for a in mesh.axis_names if a not in known), to="varying")
     for at, part in enumerate(spec):
-        if "fsdp" in _names(part):
+        if "fsdp" in axes_of(part):
             w = jax.lax.all_gather(w, "fsdp", axis=at, tiled=True)
     return w
 

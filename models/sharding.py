@@ -58,24 +58,6 @@ def make_mesh(
     return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def whole(config, mesh: Mesh) -> dict[str, tuple[str, ...]]:
-    """Parameters that a mesh axis was meant to split and does not divide: path -> those axes.
-
-    They are held whole along these axes, which is correct and costs memory: heads=6 over tensor=4, for instance.
-    """
-    from models.params import Param, declare  # declarations build on this module
-
-    out = {}
-    leaves = jax.tree_util.tree_flatten_with_path(declare(config), is_leaf=lambda leaf: isinstance(leaf, Param))[0]
-    for path, param in leaves:
-        wanted = {axis for name in param.axes for axis in RULES[name] if mesh.shape.get(axis, 1) > 1}
-        parts = spec_for(mesh, param.shape, param.axes)
-        used = {axis for part in parts for axis in ((part,) if isinstance(part, str) else part or ())}
-        if wanted - used:
-            out["/".join(str(key.key) for key in path)] = tuple(axis for axis in AXES if axis in wanted - used)
-    return out
-
-
 def spec_for(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str]) -> PartitionSpec:
     """Partition of an array with these logical axes; a mesh axis is used once and only where it divides."""
     used: set[str] = set()
@@ -89,6 +71,11 @@ def spec_for(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str
                 used.add(axis)
         parts.append(tuple(chosen) or None)
     return PartitionSpec(*parts)
+
+
+def axes_of(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else part or ()
 
 
 def sharding_for(mesh: Mesh | None, shape: Sequence[int], axes: Sequence[str]) -> NamedSharding | None:

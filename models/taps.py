@@ -116,6 +116,10 @@ def check_sites(
     for name in (*record, *(edit or ()), *reduced):
         if name not in known:
             raise ValueError(f"unknown tap site {name!r}; sites: {', '.join(known)}")
+    for name, what in (reduce or {}).items():
+        here = [layers_of(config, layer, 1) for layer in {0, config.layers - 1}]  # one of either kind of layer
+        if not any(set(what.sites) <= set(layer) for layer in here):
+            raise ValueError(f"{name!r} reduces {', '.join(what.sites)}, which no layer has all of")
     if twice := set(record) & set(reduce or ()):
         raise ValueError(f"{sorted(twice)[0]!r} is both recorded and the name of something reduced; rename that")
 

@@ -189,7 +189,7 @@ def forward(
     ropes = [rope_table(positions, config, local) for local in sorted(set(config.slides))]
     look = Look(
         jnp.arange(T)[None], None if config.sliding_window is None else jnp.int32(config.sliding_window), segment_ids,
-        straight=True, sliding=None if mixed else config.sliding_window, varies=mixed,
+        straight=True, sliding=None if mixed else config.sliding_window,
     )  # fmt: skip
     edge = Taps(record, edit)
     x = edge("embed", constrain(embed(params, config, tokens), "batch", "time", "model"))

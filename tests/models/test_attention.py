@@ -122,6 +122,16 @@ def test_a_reduction_is_what_one_would_make_of_the_record(key):
     np.testing.assert_allclose(run(params).logits, models.forward(params, CONFIG, tokens).logits, atol=1e-5)
 
 
+def test_a_reduction_is_the_same_on_a_mesh(key):
+    params, tokens = models.init(CONFIG, key), jax.random.randint(key, (8, 12), 0, 40)
+    run = jax.jit(lambda p: models.forward(p, CONFIG, tokens, reduce={"fired": Reduced(("mlp.act",), fired)}).records)
+    alone = run(params)["fired"]
+    mesh = models.make_mesh(data=2, fsdp=2, tensor=2)
+    with models.use_mesh(mesh):
+        spread = run(jax.device_put(params, models.shardings(CONFIG, mesh)))["fired"]
+    np.testing.assert_array_equal(spread, alone)
+
+
 def test_memory_of_a_reduction_does_not_grow_by_layers_times_tokens(key):
     config = CONFIG.replace(layers=12, ffn_dim=256)
     params = models.init(config, key)
@@ -174,6 +184,8 @@ def test_reductions_that_cannot_be_made_are_refused():
         Reduced(("mlp.act",), fired, by_block=True)
     with pytest.raises(ValueError, match=r"unknown tap site 'moe\.index'"):
         check_sites((), None, CONFIG, {"x": Reduced(("moe.index",), fired)})
+    with pytest.raises(ValueError, match="which no layer has all of"):
+        check_sites((), None, CONFIG, {"x": Reduced(("embed",), fired)})
     with pytest.raises(ValueError, match="both recorded and"):
         check_sites(("mlp.act",), None, CONFIG, {"mlp.act": Reduced(("mlp.act",), fired)})
 

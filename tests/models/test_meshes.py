@@ -9,7 +9,7 @@ import pytest
 import models
 from models import Config
 from models.sample import decode, decode_weights, extend, prefill
-from models.sharding import AXES, make_mesh, shard_batch, use_mesh, whole
+from models.sharding import AXES, make_mesh, shard_batch, use_mesh
 from rl import finetune, policy
 from rl.losses import mean_metrics
 from rl.optimizer import OptimizerConfig, init_state
@@ -176,15 +176,3 @@ def test_rows_that_no_axis_divides():
 def test_rows_that_no_axis_divides_everywhere(name, run):
     for axes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"expert": 4, "fsdp": 2}, {"data": 8}):
         agrees(run, name, axes, rows=6)
-
-
-def test_parameters_that_stay_whole_are_named():
-    mesh = make_mesh(data=2, tensor=4)
-    assert whole(CONFIGS["dense"], mesh) == {}
-    odd = whole(CONFIGS["odd"], mesh)  # 6 and 3 heads, 33 words and 18 inner columns over four
-    names = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
-    assert odd == {"embed": ("tensor",), **{f"layers/{name}": ("tensor",) for name in names}}
-    assert whole(CONFIGS["odd"], make_mesh(data=8)) == {}
-    assert whole(CONFIGS["experts"], make_mesh(fsdp=8)) == {}
-    many = whole(CONFIGS["experts"].replace(experts=6), make_mesh(expert=4, tensor=2))
-    assert many == {f"layers/{name}": ("expert",) for name in ("e_gate", "e_up", "e_down")}
