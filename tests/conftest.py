@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -26,6 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # Subprocesses that tests start (the command line, a killed and resumed run) share the cache.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs() -> Iterator[None]:
+    """Let go of a module's compiled programs behind it: each maps memory, a process may have 65530 maps, and XLA ends
+    the process where it gets no further one."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
