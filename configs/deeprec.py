@@ -87,6 +87,9 @@ def _base() -> ConfigDict:
     c.model.ffn_dim = 256
     c.model.dtype = "float32"
     c.model.remat = False  # recompute blocks in the backward pass; for large models
+    c.model.lora_rank = 0  # above 0: train changes of this rank, merged when a stage is done; all else stays frozen
+    c.model.lora_on = ("wq", "wk", "wv", "wo")  # beside these matrices, by their names in models/params.py
+    c.model.lora_alpha = 16.0  # a change counts lora_alpha / lora_rank
 
     c.env = ConfigDict()
     c.env.results = 5  # items per call (paper: 20); two calls fill the list of a model that can only copy
@@ -104,6 +107,8 @@ def _base() -> ConfigDict:
     c.rollout.max_total = 104  # tokens, prompt and response
     c.rollout.max_new = 32  # tokens per segment
     c.rollout.top_p = 1.0  # paper: 0.95; below 1 biases the importance ratio
+    c.rollout.int8_weights = False  # sample from weights in eight bits, for memory; with rl.tis_cap
+    c.rollout.int8_cache = False  # keys and values in eight bits
 
     c.cold_start = ConfigDict()  # supervised start; steps = 0 leaves it out, as the paper does
     c.cold_start.traces = 8000
@@ -129,6 +134,8 @@ def _base() -> ConfigDict:
     c.rl.clip_low = 0.2
     c.rl.clip_high = 0.28
     c.rl.kl_coef = 0.0
+    c.rl.tis_cap = 0.0  # cap of the correction for what trainer and sampler compute differently; 0 is off
+    c.rl.replay_routing = False  # models with experts: train with the experts that the sampler chose
     c.rl.dynamic_sampling = True  # groups whose rewards are all equal take no part in an update (released: False)
     c.rl.lr = 1.5e-4  # 3e-4 learns less, 8e-4 ends below its supervised start
     # Updates of linear rise. Adam's first steps are all of full size, whatever the gradient says: without it a stage

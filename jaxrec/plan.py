@@ -277,7 +277,7 @@ def traced_programs(work: Workload, mesh: Any, compile_: Callable[[Any], Any]) -
     import jax
     import jax.numpy as jnp
 
-    from models import sample
+    from models import layout, sample
     from models.params import abstract
     from models.sharding import sharding_for
     from rl import policy
@@ -291,11 +291,11 @@ def traced_programs(work: Workload, mesh: Any, compile_: Callable[[Any], Any]) -
 
     def score():
         state, batch = update_arguments(work, mesh, work.rows)
-        return policy.jitted_score().trace(state.params, batch.ids, batch.lengths, batch.select, g, c)
+        return policy.jitted_score().trace(state.params, batch.ids, batch.lengths, batch.select, None, g, c)
 
     @functools.cache
     def weights():
-        traced = sample._decode_weights.trace(abstract(c, work.weights, mesh), c, False)
+        traced = layout.lay_out.trace(abstract(c, work.weights, mesh), c, False, False)
         return placed(traced.out_info, compile_(traced).output_shardings)
 
     def placed(structs, shardings):
@@ -306,7 +306,10 @@ def traced_programs(work: Workload, mesh: Any, compile_: Callable[[Any], Any]) -
         P = g.prompts_per_step
         tokens, lengths = jax.ShapeDtypeStruct((P, width), jnp.int32), jax.ShapeDtypeStruct((P,), jnp.int32)
         size = max(sample.bucket(work.max_total), width)
-        return sample._prefill.trace(weights(), tokens, lengths, config=c, size=size, repeat=g.group_size)
+        return sample._prefill.trace(
+            weights(), tokens, lengths, sample.hooks(c), config=c, size=size, repeat=g.group_size, routing=False,
+            int8=False,
+        )  # fmt: skip
 
     def session():
         structs = prefill().out_info
@@ -328,7 +331,7 @@ def traced_programs(work: Workload, mesh: Any, compile_: Callable[[Any], Any]) -
         limits = jax.ShapeDtypeStruct((work.rows,), jnp.int32)
         return sample._decode.trace(
             weights(), start, key, limits, scalar("float32"), scalar("float32"), scalar("int32"), eos, table,
-            config=c, view=sample.view_of(start.size, start.size), steps=sample.bucket(work.max_new),
+            sample.hooks(c), config=c, view=sample.view_of(start.size, start.size), steps=sample.bucket(work.max_new),
             truncate=work.truncate, first_accept=1,
         )  # fmt: skip
 

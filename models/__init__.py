@@ -16,7 +16,7 @@ _EXPORTS = {
     "abstract": "params",
     "build_word_tokenizer": "tokenizer",
     "decode": "sample",
-    "decode_weights": "sample",
+    "decode_weights": "layout",
     "extend": "sample",
     "forward": "transformer",
     "generate": "generation",

@@ -118,6 +118,11 @@ class Config:
     pad_id: int = 0
     dtype: str = "float32"
     init_std: float = 0.02
+    # Low-rank changes beside matrices, all else being frozen (LoRA, arXiv 2106.09685), see models.lora: their rank
+    # (0: none), the names of the matrices in ``models.params.declare``, and alpha: a change counts alpha / rank.
+    lora_rank: int = 0
+    lora_on: tuple[str, ...] = ("wq", "wk", "wv", "wo")
+    lora_alpha: float = 16.0
     remat: bool = False  # recompute each block in the backward pass: memory of one block instead of L
 
     def __post_init__(self):
@@ -153,6 +158,8 @@ class Config:
             raise ValueError(f"head_dim ({self.head_dim}) must be even: rotary positions turn pairs")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', not {self.dtype!r}")
+        if self.lora_rank < 0 or (self.lora_rank and not self.lora_on):
+            raise ValueError(f"lora_rank must be at least 0, with matrices in lora_on, not {self.lora_rank}")
         for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from models.config import Config
+from models.layout import decode_weights
 from models.params import Params
-from models.sample import FINISH_EOS, FINISH_STOP, decode, decode_weights, prefill
+from models.sample import FINISH_EOS, FINISH_STOP, decode, prefill
 from models.sharding import to_host
 from models.stops import stop_table
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models import lora
 from models.config import Config
 from models.hf_config import config_from_hf, config_to_hf, text_part
 from models.params import Param, Params, declare
@@ -324,7 +325,8 @@ def _some(names: list[str], limit: int = 6) -> str:
 def save(model: Model, path: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
     """Write ``model`` as a Hugging Face folder: config.json, safetensors (+ index when sharded), tokenizer files.
 
-    What was loaded and not changed comes out bit for bit, config fields that we do not interpret included. The folder
+    What was loaded and not changed comes out bit for bit, config fields that we do not interpret included. Low-rank
+    changes are merged. The folder
     appears complete or not at all: it is written beside its place and renamed. An existing model folder is replaced.
 
     max_shard_bytes: a new file is begun before this size is exceeded (a larger tensor has a file of its own).
@@ -333,6 +335,8 @@ def save(model: Model, path: str | Path, max_shard_bytes: int = 5_000_000_000) -
     those of the config or the family cannot express it.
     """
     path = Path(path).expanduser().resolve()
+    params, config = lora.merge(model.params, model.config)
+    model = model.replace(params=params, config=config)
     plan = _plan(model)
     dtypes = {array.dtype.name for array in jax.tree.leaves(model.params)}
     dtype = model.params["embed"].dtype.name

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from models.config import Config
-from models.linear import product
+from models.linear import product, product_out_in
 from models.params import Params
 from models.sharding import constrain
 from models.taps import Taps
@@ -19,7 +19,7 @@ def mlp(x: jax.Array, layer: Params, config: Config, taps: Taps, shared: bool = 
     names = "s_" if shared else "w_"
     taps = Taps() if shared else taps
     if names + "gate_up" in layer:
-        joined = jnp.einsum("btd,fd->btf", x, layer[names + "gate_up"].astype(x.dtype))
+        joined = product_out_in(x, layer[names + "gate_up"])
         gate, up = jnp.split(joined, 2, axis=-1)
     else:
         gate = product(x, layer[names + "gate"])
@@ -28,5 +28,5 @@ def mlp(x: jax.Array, layer: Params, config: Config, taps: Taps, shared: bool = 
     act = taps("mlp.act", activate(taps("mlp.gate", gate)) * up)
     act = constrain(act, "batch", "time", "ffn")
     if names + "down_out" in layer:
-        return jnp.einsum("btf,df->btd", act, layer[names + "down_out"].astype(x.dtype))
+        return product_out_in(act, layer[names + "down_out"])
     return product(act, layer[names + "down"])

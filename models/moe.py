@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from models.config import Config
+from models.linear import Adapted, Quantized, dense
 from models.mlp import mlp
 from models.params import Params
 from models.platform import platform
@@ -56,7 +57,7 @@ def route(
     some are masked: those are never chosen; "routing" int [M, k], experts that are taken in place of the best ones
     (where it is not -1), as when a trainer repeats a sampler's choices. rows: mesh axes that tokens are split over.
     """
-    logits = jnp.einsum("md,de->me", x, layer["router"].astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.einsum("md,de->me", x, dense(layer["router"]).astype(x.dtype), preferred_element_type=jnp.float32)
     masked = "expert_mask" in layer
     if masked:
         logits = jnp.where(layer["expert_mask"], logits, -jnp.inf)
@@ -179,7 +180,7 @@ def _block(x, gate, up, down, index):
     used = jnp.arange(blocks) * size < ends[-1]
 
     def run(rows, e):
-        return _expert(rows, gate[e], up[e], down[e], jnp.matmul)
+        return _expert(rows, *(w[e].astype(rows.dtype) for w in (gate, up, down)), jnp.matmul)
 
     def step(_, block):
         rows, e, used = block
@@ -214,10 +215,15 @@ def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     if "routing" in layer:
         layer = {**layer, "routing": layer["routing"].reshape(len(flat), -1)}
     index, weights = route(flat, layer, config, taps, rows)
-    matrices = tuple(layer[name].astype(x.dtype) for name in ("e_gate", "e_up", "e_down"))
+    matrices = tuple(layer[name] for name in ("e_gate", "e_up", "e_down"))
     tapped = taps.wants("moe.expert_out")
+    form = _form(config, index.size)
+    if not (
+        alone and form == "block" and isinstance(matrices[0], Quantized)
+    ):  # that form makes an expert plain by need
+        matrices = tuple(dense(w).astype(x.dtype) for w in matrices)
     if alone:
-        out = _FORMS[_form(config, index.size)](flat, *matrices, index)
+        out = _FORMS[form](flat, *matrices, index)
     else:
         out = _spread(x, matrices, index, None if tapped else weights, config, mesh, rows)
     if out.ndim == 3:
@@ -293,6 +299,8 @@ def keep_experts(params: Params, config: Config, mask: np.ndarray) -> tuple[Para
 
     Raises ValueError for a mask that keeps too few, or not equally many in every layer: one checkpoint has one count.
     """
+    if isinstance(params["layers"]["e_gate"], Adapted):
+        raise ValueError("merge the low-rank changes first (models.lora.merge)")
     check_expert_mask(mask, config)
     kept = np.asarray(mask).sum(axis=1)
     if len(set(kept.tolist())) > 1:

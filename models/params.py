@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import Config
+from models.linear import Adapted
 from models.sharding import sharding_for
 
 Params = dict[str, Any]
@@ -182,11 +183,45 @@ def declare(config: Config) -> dict[str, Any]:
     tree["final_norm"] = Param((c.dim,), ("norm",), "zeros" if c.norm_offset else "ones", "model.norm.weight")
     if not c.tie_embeddings:
         tree["head"] = Param((c.dim, c.vocab_size), ("embed", "vocab"), "normal", "lm_head.weight", True)
-    return tree
+    return _with_changes(tree, c) if c.lora_rank else tree
+
+
+def _is_matrix(p: Param) -> bool:
+    """Not a norm or a bias."""
+    return p.init in ("normal", "residual")
+
+
+def _with_changes(tree: dict[str, Any], c: Config) -> dict[str, Any]:
+    """The tree with an ``Adapted`` in the place of each matrix that ``lora_on`` names."""
+    names, found = set(c.lora_on), set()
+
+    def change(name: str, p: Param) -> Param | Adapted:
+        if name not in names or not _is_matrix(p):
+            return p
+        found.add(name)
+        ins = p.stacked + (2 if p.axes[p.stacked] == "heads" else 1)  # heads and their width come in together
+        lead, r = p.stacked, c.lora_rank
+        a = Param((*p.shape[:ins], r), (*p.axes[:ins], "rank"), "normal", "", first=p.first)
+        b = Param((*p.shape[:lead], r, *p.shape[ins:]), (*p.axes[:lead], "rank", *p.axes[ins:]), "zeros", "")
+        return Adapted(p, a, b, c.lora_alpha / r)
+
+    stacked = {name for name, _, _ in stacks(c)}
+    out = {
+        name: {n: change(n, p) for n, p in part.items()} if name in stacked else change(name, part)
+        for name, part in tree.items()
+    }
+    if names - found:
+        matrices = sorted({n for name in stacked for n, p in tree[name].items() if _is_matrix(p)})
+        matrices += [name for name in ("embed", "head") if name in tree]
+        raise ValueError(
+            f"lora_on names {sorted(names - found)}, which this model has no matrix of; it has {', '.join(matrices)}"
+        )
+    return out
 
 
 def count(config: Config) -> int:
-    """Number of weights, tied embeddings counted once."""
+    """Number of weights, tied embeddings counted once, and low-rank changes not."""
+    config = dataclasses.replace(config, lora_rank=0)
     leaves = jax.tree.leaves(declare(config), is_leaf=lambda leaf: isinstance(leaf, Param))
     return sum(math.prod(param.shape) for param in leaves)
 
@@ -212,7 +247,8 @@ def shardings(config: Config, mesh: jax.sharding.Mesh) -> Params:
     return map_declared(lambda p: sharding_for(mesh, p.shape, p.axes), config)
 
 
-def _init_leaf(param: Param, key: jax.Array, config: Config, dtype: str) -> jax.Array:
+def init_leaf(param: Param, key: jax.Array, config: Config, dtype: str) -> jax.Array:
+    """Random values of one parameter, see :func:`init`."""
     if param.init in ("ones", "zeros"):
         return getattr(jnp, param.init)(param.shape, _dtype(param, dtype))
     std = config.init_std / (math.sqrt(2 * config.layers) if param.init == "residual" else 1.0)
@@ -229,7 +265,7 @@ def init(config: Config, key: jax.Array, dtype: str = "float32", mesh: jax.shard
 
     def make(key):
         keys = jax.random.split(key, len(leaves))
-        arrays = [_init_leaf(p, k, config, dtype) for p, k in zip(leaves, keys, strict=True)]
+        arrays = [init_leaf(p, k, config, dtype) for p, k in zip(leaves, keys, strict=True)]
         return jax.tree.unflatten(tree, arrays)
 
     return jax.jit(make, out_shardings=shardings(config, mesh) if mesh is not None else None)(key)

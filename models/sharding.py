@@ -27,6 +27,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
     "latent": (),  # of multi-head latent attention: every head needs all of it
     "router": (),  # columns of a router: every device routes its own tokens
+    "rank": (),  # of a low-rank change
     "layers": (),
     "head_dim": (),
     "norm": (),

@@ -60,6 +60,24 @@ class Replace:
         return jax.numpy.where(self.mask, self.value.astype(x.dtype), x)
 
 
+@struct.dataclass
+class AddToKeys:
+    """Add to the "attn.logits" of the first n keys, in prompts of any length and while decoding: a key is wherever its
+    token stands. ``value``: float [L, B or 1, N or 1, n], by layer, row and head; negative steers away. Works on blocks
+    of queries."""
+
+    value: jax.Array
+
+    by_block = True  # no field: it has no annotation
+
+    def __call__(self, scores: jax.Array, slots: jax.Array) -> jax.Array:
+        B, K, G, _, S = scores.shape
+        value = self.value[..., :S]
+        value = jax.numpy.pad(value, ((0, 0), (0, 0), (0, S - value.shape[-1])))
+        value = jax.numpy.broadcast_to(value, (value.shape[0], K * G, S)).reshape(-1, K, G, 1, S)
+        return scores + value.astype(scores.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Reduced:
     """What to keep of the sites of one layer.

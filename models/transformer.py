@@ -14,7 +14,7 @@ from flax import struct
 
 from models.attention import Look, attention, softcap
 from models.config import Config
-from models.linear import product
+from models.linear import Adapted, Matrix, Quantized, dense, product, product_out_in
 from models.mlp import mlp
 from models.moe import moe
 from models.params import Params, stacks
@@ -47,9 +47,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, config: Config) -> jax.Array:
     return (y * (1.0 + scale if config.norm_offset else scale)).astype(x.dtype)
 
 
-def _per_head(x: jax.Array, w: jax.Array) -> jax.Array:
+def _per_head(x: jax.Array, w: Matrix, heads: int) -> jax.Array:
     """x [B, T, D] times w [D, N, H] -> [B, T, N, H]."""
-    return product(x, w.reshape(w.shape[0], -1)).reshape(*x.shape[:2], *w.shape[1:])
+    return product(x, w).reshape(*x.shape[:2], heads, -1)
 
 
 def _grouped_heads(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, taps: Taps) -> jax.Array:
@@ -68,7 +68,7 @@ def _latent_heads(x: jax.Array, layer: Params, rope, attend: Attend, config: Con
     """Heads [B, T, N, X] of multi-head latent attention (arXiv 2405.04434, section 2.1).
 
     Over a whole sequence keys and values are made per head. The sampler's layout ("wk_up", "wv_up", see
-    ``models.sample.decode_weights``) keeps the latent itself in the cache and moves the matrices to the other side of
+    ``models.layout``) keeps the latent itself in the cache and moves the matrices to the other side of
     the products: heads then share one key [latent, turning part], whose latent is also the value.
     """
     C, R = config.kv_lora, config.rope_dim
@@ -76,15 +76,16 @@ def _latent_heads(x: jax.Array, layer: Params, rope, attend: Attend, config: Con
     latent = rms_norm(compressed[..., :C], layer["kv_a_norm"], config)
     turning = apply_rope(compressed[:, :, None, C:], rope, config.rope_interleaved)  # one key for all heads
     if config.q_lora:
-        q = _per_head(rms_norm(product(x, layer["wq_a"]), layer["q_a_norm"], config), layer["wq_b"])
+        q = rms_norm(product(x, layer["wq_a"]), layer["q_a_norm"], config)
+        q = _per_head(q, layer["wq_b"], config.heads)
     else:
-        q = _per_head(x, layer["wq"])
+        q = _per_head(x, layer["wq"], config.heads)
     plain, turned = q[..., :-R], apply_rope(q[..., -R:], rope, config.rope_interleaved)
     if "wk_up" in layer:
         q = jnp.concatenate([jnp.einsum("btnh,cnh->btnc", plain, layer["wk_up"].astype(x.dtype)), turned], axis=-1)
         k = jnp.concatenate([latent[:, :, None], turning], axis=-1)
         return jnp.einsum("btnc,cnx->btnx", attend(q, k, None, taps), layer["wv_up"].astype(x.dtype))
-    made = _per_head(latent, layer["wkv_b"])
+    made = _per_head(latent, layer["wkv_b"], config.heads)
     k, v = made[..., : -config.value_dim], made[..., -config.value_dim :]
     k = jnp.concatenate([k, jnp.broadcast_to(turning, (*k.shape[:-1], R))], axis=-1)
     q = taps("attn.q", jnp.concatenate([plain, turned], axis=-1))
@@ -93,15 +94,15 @@ def _latent_heads(x: jax.Array, layer: Params, rope, attend: Attend, config: Con
 
 def _qkv(x: jax.Array, layer: Params, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
     N, K, H = config.heads, config.kv_heads, config.head_dim
-    if "wqkv" in layer:  # one matrix [(N + 2K) H, D]: the sampler's layout, see models.sample.decode_weights
-        joined = jnp.einsum("btd,ed->bte", x, layer["wqkv"].astype(x.dtype))
+    if "wqkv" in layer:  # one matrix [(N + 2K) H, D]: the sampler's layout, see models.layout
+        joined = product_out_in(x, layer["wqkv"])
         if "bqkv" in layer:
             joined = joined + layer["bqkv"].astype(x.dtype)
         joined = joined.reshape(*x.shape[:2], N + 2 * K, H)
         return joined[:, :, :N], joined[:, :, N : N + K], joined[:, :, N + K :]
     out = []
-    for name in "qkv":
-        y = _per_head(x, layer["w" + name])
+    for name, heads in (("q", N), ("k", K), ("v", K)):
+        y = _per_head(x, layer["w" + name], heads)
         if "b" + name in layer:
             y = y + layer["b" + name].astype(x.dtype)
         out.append(y)
@@ -121,9 +122,9 @@ def block(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, tap
         heads = heads_of(rms_norm(x, layer["attn_norm"], config), layer, rope, attend, config, taps)
         heads = taps("attn.heads", heads)
         if "wo_out" in layer:
-            out = jnp.einsum("bte,de->btd", heads.reshape(*x.shape[:2], -1), layer["wo_out"].astype(x.dtype))
+            out = product_out_in(heads.reshape(*x.shape[:2], -1), layer["wo_out"])
         else:
-            out = product(heads.reshape(*x.shape[:2], -1), layer["wo"].reshape(-1, config.dim))
+            out = product(heads.reshape(*x.shape[:2], -1), layer["wo"])
         if config.post_norms:
             out = rms_norm(out, layer["attn_post_norm"], config)
         out = taps("attn.out", out)
@@ -140,17 +141,24 @@ def block(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, tap
 def unembed(params: Params, config: Config, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] in float32 from final hidden states [..., D]."""
     with jax.named_scope("unembed"):
-        if config.tie_embeddings:
-            head = params["embed"].T
+        if config.tie_embeddings or "head_out" in params:
+            head = params["embed" if config.tie_embeddings else "head_out"]
+            form, scale = "...d,vd->...v", head.scale[:, 0] if isinstance(head, Quantized) else None
         else:
-            head = params["head_out"].T if "head_out" in params else params["head"]
-        logits = jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return softcap(logits, config.final_softcap)
+            head = params["head"]
+            form, scale = "...d,dv->...v", head.scale[0] if isinstance(head, Quantized) else None
+        head = head.values if isinstance(head, Quantized) else dense(head)
+        logits = jnp.einsum(form, hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return softcap(logits if scale is None else logits * scale, config.final_softcap)
 
 
 def embed(weights: Params, config: Config, tokens: jax.Array) -> jax.Array:
     """Token embeddings [B, T, D] in the config's dtype."""
-    x = weights["embed"].astype(config.dtype)[tokens]
+    w = weights["embed"]
+    if isinstance(w, Adapted):
+        x = (w.w[tokens] + w.scale * (w.a[tokens] @ w.b)).astype(config.dtype)
+    else:
+        x = w[tokens].astype(config.dtype)
     return x * jnp.asarray(config.dim**0.5, x.dtype) if config.scale_embed else x  # the factor is rounded as HF's is
 
 

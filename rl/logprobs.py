@@ -53,6 +53,7 @@ def token_logprobs(
     select: jax.Array | None = None,
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
+    routing: jax.Array | None = None,
 ):
     """log p(ids[b, t] | ids[b, :t]) at every position, float32 [B, T]; column 0 and padding are 0.
 
@@ -60,6 +61,7 @@ def token_logprobs(
     its logits by (> 0). chunk: positions per recomputed piece; memory grows with B * chunk * V * 4 bytes.
     select: int32 [B, M], the columns whose values are wanted (see :func:`selection`); the head and its softmax run on
     these alone and all other columns are 0. Tool text and prompts are most of a trajectory, so this saves most of it.
+    routing: int [B, T, layers with experts, k], experts to take as ``models.forward`` does, tokens first.
     positions, segment_ids: for packed rows, see ``models.forward``; the value at a segment's first token conditions on
     the segment before and must be masked by the caller.
     entropy: also return the entropy in nats of the distribution ids[b, t] was drawn from, float32 [B, T].
@@ -70,7 +72,10 @@ def token_logprobs(
     if isinstance(temperature, int | float) and temperature <= 0:
         raise ValueError(f"temperature must be above 0, not {temperature}: greedy choices have no log-probability")
     B, T = ids.shape
-    hidden = forward(params, config, ids, head=False, positions=positions, segment_ids=segment_ids).hidden
+    routing = None if routing is None else jnp.moveaxis(routing, 2, 0)
+    hidden = forward(
+        params, config, ids, head=False, positions=positions, segment_ids=segment_ids, routing=routing
+    ).hidden
     rows = jnp.arange(B)[:, None]
     if select is None:
         hidden, targets = hidden[:, :-1], ids[:, 1:]

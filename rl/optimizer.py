@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from models import lora
 from models.sharding import place
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -120,9 +121,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 class TrainState:
     """All that a training run changes, as one pytree (and so one checkpoint item).
 
-    params: weights; keep them float32, since at these learning rates bfloat16 would round updates away.
-    opt_state: optax's. step: int32 scalar, trainer steps done. key: typed PRNG key, constant; step n uses
-    ``fold_in(key, n)``.
+    params: weights; keep them float32, since at these learning rates bfloat16 would round updates away (those that
+    low-rank changes leave frozen, ``models.lora``, can be bfloat16). opt_state: optax's, of what is trained.
+    step: int32 scalar, trainer steps done. key: typed PRNG key, constant; step n uses ``fold_in(key, n)``.
     """
 
     params: Any
@@ -139,23 +140,25 @@ def init_state(params: Any, config: OptimizerConfig, seed: int | jax.Array = 0) 
     optimizer = make_optimizer(config)
     key = jax.random.key(seed) if isinstance(seed, int) else seed
     step = jnp.zeros((), jnp.int32)
-    places = _places(params, optimizer)
+    trained, _ = lora.split(params)
+    places = _places(trained, optimizer)
     if places is None:
-        return TrainState(params, jax.jit(optimizer.init)(params), step, key)
+        return TrainState(params, jax.jit(optimizer.init)(trained), step, key)
     shardings, whole = places
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(trained)
     return TrainState(params, opt_state, place(step, whole), place(key, whole))
 
 
 def abstract_state(params: Any, config: OptimizerConfig) -> TrainState:
     """What :func:`init_state` would make, as shapes, dtypes and places; params: a tree of ``ShapeDtypeStruct``."""
     optimizer = make_optimizer(config)
-    shardings, whole = _places(params, optimizer) or (None, None)
+    trained, _ = lora.split(params)
+    shardings, whole = _places(trained, optimizer) or (None, None)
 
     def struct_of(leaf, place=None):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_state = jax.eval_shape(optimizer.init, trained)
     opt_state = jax.tree.map(struct_of, opt_state, *(() if shardings is None else (shardings,)))
     step, key = jax.eval_shape(lambda: (jnp.zeros((), jnp.int32), jax.random.key(0)))
     return TrainState(params, opt_state, struct_of(step, whole), struct_of(key, whole))
@@ -182,11 +185,14 @@ def _places(params: Any, optimizer: optax.GradientTransformation) -> tuple[Any, 
 def apply_gradients(state: TrainState, grads: Any, config: OptimizerConfig) -> tuple[TrainState, dict[str, Any]]:
     """One optimiser update; ``step`` is left to the caller, since a trainer step may hold several updates.
 
-    Returns the state and metrics ``grad_norm`` (before clipping) and ``update_norm`` as (sum, count) pairs. An update
-    of exactly 0 leaves a weight's bits alone (adding 0.0 would turn -0.0 into 0.0).
+    grads: of what is trained (``models.lora.split``). Returns the state and metrics ``grad_norm`` (before clipping) and
+    ``update_norm`` as (sum, count) pairs. An update of exactly 0 leaves a weight's bits alone (adding 0.0 would turn
+    -0.0 into 0.0).
     """
-    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: jnp.where(u == 0, p, p + u.astype(p.dtype)), state.params, updates)
+    trained, frozen = lora.split(state.params)
+    updates, opt_state = make_optimizer(config).update(grads, state.opt_state, trained)
+    trained = jax.tree.map(lambda p, u: jnp.where(u == 0, p, p + u.astype(p.dtype)), trained, updates)
+    params = lora.combine(trained, frozen)
     one = jnp.ones((), jnp.float32)
     metrics = {"grad_norm": (optax.tree.norm(grads), one), "update_norm": (optax.tree.norm(updates), one)}
     return state.replace(params=params, opt_state=opt_state), metrics
@@ -197,6 +203,7 @@ def accumulate_gradients(
 ) -> tuple[jax.Array, Any, dict[str, Any]]:
     """Value, gradient and metrics of ``loss`` summed over ``micro_batches`` slices of the batch's leading axis.
 
+    The gradient is with respect to what is trained of ``params`` (``models.lora.split``): all, or low-rank changes.
     loss(params, micro) -> (scalar, {name: (sum, count)}): a *share* of the batch's loss, already divided by the whole
     batch's denominator, so the sum is exact however tokens are spread. Memory is that of one slice. Sums are float32.
     Raises ValueError when the batch does not divide.
@@ -204,7 +211,8 @@ def accumulate_gradients(
     rows = jax.tree.leaves(batch)[0].shape[0]
     if micro_batches < 1 or rows % micro_batches:
         raise ValueError(f"{rows} rows cannot be split into micro_batches={micro_batches} equal parts")
-    differentiate = jax.value_and_grad(loss, has_aux=True)
+    params, frozen = lora.split(params)
+    differentiate = jax.value_and_grad(lambda params, micro: loss(lora.combine(params, frozen), micro), has_aux=True)
     if micro_batches == 1:
         (value, metrics), grads = differentiate(params, batch)
         return value, grads, metrics

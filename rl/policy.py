@@ -47,6 +47,9 @@ class GRPOConfig:
     kl_coef: float = 0.0  # weight of the KL penalty to the reference weights; GRPO's paper has 0.04
     tis_cap: float | None = None  # cap of the trainer/sampler correction, e.g. 2; None is off (TRL's default is 3)
     old_logprobs: str = "trainer"  # "sampler" saves a forward pass but adds the sampler's rounding to the ratio
+    # Send tokens to the experts that the sampler chose (arXiv 2510.11370): the ratio is then of the same experts. Needs
+    # ``RolloutConfig.routing``; the reference weights choose for themselves.
+    replay_routing: bool = False
     temperature: float = 1.0  # what the sampler divides its logits by; must be the sampler's own
     max_total: int = 16384  # tokens; longer rows get loss mask 0
     overlong: str = "keep"  # "mask" also drops rows cut off by a length limit from the loss (DAPO, arXiv 2503.14476)
@@ -94,7 +97,8 @@ class Batch:
     """B rows of T tokens for the update. ids int32 [B, T]; lengths int32 [B]; row int32 [B], place in the rollout;
 
     mask, advantages, sampler_logprobs float32 [B, T]; old_logprobs, ref_logprobs float32 [B, T] or None;
-    select int32 [B, M], the columns that train (``rl.logprobs.selection``), or None for all.
+    select int32 [B, M], the columns that train (``rl.logprobs.selection``), or None for all. routing int16
+    [B, T, layers with experts, k], experts to repeat, or None.
     """
 
     ids: Any
@@ -106,6 +110,7 @@ class Batch:
     old_logprobs: Any = None
     ref_logprobs: Any = None
     select: Any = None
+    routing: Any = None
 
 
 def total_reward(rewards: Mapping[str, np.ndarray], valid: np.ndarray, config: GRPOConfig) -> np.ndarray:
@@ -158,9 +163,10 @@ def bucket_length(longest: int, buckets: tuple[int, ...] = ()) -> int:
 
 
 def _fit(x: np.ndarray, size: int) -> np.ndarray:
-    """Cut or zero-pad [B, T] to [B, size]."""
+    """Cut or pad [B, T, ...] to [B, size, ...], with zeros, or -1 (no expert) where there is more than T."""
     x = np.asarray(x)[:, :size]
-    return np.pad(x, ((0, 0), (0, size - x.shape[1])))
+    pad = ((0, 0), (0, size - x.shape[1])) + ((0, 0),) * (x.ndim - 2)
+    return np.pad(x, pad, constant_values=0 if x.ndim == 2 else -1)
 
 
 @functools.cache
@@ -175,8 +181,10 @@ def make_batch(
     """Advantages and mask for a rollout, padded to a length bucket; host arrays, and counts for the log.
 
     rewards: float [B]. valid: bool [B], default all but ``Status.ENV_ERROR``. Raises ValueError when groups are not
-    full.
+    full, and when the routing that the config wants to repeat was not kept.
     """
+    if config.replay_routing and trajectory.routing is None:
+        raise ValueError("replay_routing repeats the sampler's experts: set RolloutConfig.routing to keep them")
     valid = np.asarray(trajectory.status) != Status.ENV_ERROR if valid is None else np.asarray(valid, bool)
     groups = advantages.check_groups(
         trajectory.groups, config.group_size, baseline=config.advantage in advantages.HAS_BASELINE
@@ -191,11 +199,12 @@ def make_batch(
         ids=_fit(trajectory.ids, size), lengths=np.minimum(trajectory.lengths, size).astype(np.int32),
         row=np.arange(len(groups), dtype=np.int32), mask=mask, advantages=advantage,
         sampler_logprobs=_fit(trajectory.logprobs, size), select=selection(mask),
+        routing=_fit(trajectory.routing, size) if config.replay_routing else None,
     )  # fmt: skip
     return batch, counts
 
 
-def score(params, ids, lengths, select, config: GRPOConfig, model_config: Config) -> jax.Array:
+def score(params, ids, lengths, select, routing, config: GRPOConfig, model_config: Config) -> jax.Array:
     """Log-probs [B, T] of given tokens (0 outside ``select``), in micro-batches, without gradients.
 
     Whole on every device.
@@ -203,13 +212,13 @@ def score(params, ids, lengths, select, config: GRPOConfig, model_config: Config
     parts = config.micro_batches
     # Interleaved like accumulate_gradients, so that every slice keeps the batch's sharding.
     split = jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), (ids, lengths, select)
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), (ids, lengths, select, routing)
     )
 
     def run(micro):
-        ids, lengths, select = micro
+        ids, lengths, select, routing = micro
         return token_logprobs(
-            params, model_config, ids, lengths, config.temperature, config.logprob_chunk, select=select
+            params, model_config, ids, lengths, config.temperature, config.logprob_chunk, select=select, routing=routing
         )  # fmt: skip
 
     logp = jax.lax.map(run, split)
@@ -235,7 +244,7 @@ def update_step(
     def loss(params, micro):
         logp = token_logprobs(
             params, model_config, micro.ids, micro.lengths, config.temperature, config.logprob_chunk,
-            entropy=config.log_entropy, select=micro.select,
+            entropy=config.log_entropy, select=micro.select, routing=micro.routing,
         )  # fmt: skip
         logp, entropy = logp if config.log_entropy else (logp, None)
         old = jax.lax.stop_gradient(logp) if micro.old_logprobs is None else micro.old_logprobs
@@ -281,14 +290,15 @@ def add_logprobs(
     if config.kl_coef and ref_params is None:
         raise ValueError("kl_coef is not 0: pass ref_params, the weights to stay close to, or set kl_coef=0")
     inputs = shard_batch(mesh, (batch.ids, batch.lengths, batch.select))
+    routing = shard_batch(mesh, batch.routing)
 
-    def run(weights):
+    def run(weights, routing=None):
         with use_mesh(mesh):
-            return np.asarray(jitted_score()(weights, *inputs, config, model_config))
+            return np.asarray(jitted_score()(weights, *inputs, routing, config, model_config))
 
     old = batch.sampler_logprobs if config.old_logprobs == "sampler" else None
     if old is None and config.updates_per_step > 1:
-        old = run(params)
+        old = run(params, routing)
         losses.check_finite("log-prob", old, batch.mask)
     reference = None
     if ref_params is not None:

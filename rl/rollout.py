@@ -13,7 +13,8 @@ import numpy as np
 
 from models.config import Config
 from models.generation import pad_rows
-from models.sample import FINISH_EOS, FINISH_STOP, bucket, decode, decode_weights, extend, prefill
+from models.layout import decode_weights
+from models.sample import FINISH_EOS, FINISH_STOP, bucket, decode, extend, prefill
 from models.sharding import to_host
 from models.stops import stop_table
 from rl import trajectory as tr
@@ -25,7 +26,9 @@ from rl.trajectory import Status, Trajectory
 class RolloutConfig:
     """max_prompt, max_total: tokens per row (prompt; prompt and response). max_new: tokens per segment.
     max_turns: segments per row, a guard against an environment that never ends a row. temperature 0 is greedy;
-    top_p below 1 biases the importance ratio, since the trainer normalises over the whole vocabulary."""
+    top_p below 1 biases the importance ratio, since the trainer normalises over the whole vocabulary. int8_weights,
+    int8_cache: sample from weights or a cache in eight bits, for memory; ``GRPOConfig.tis_cap`` then corrects for the
+    difference. routing: keep the experts that each token was sent to, for ``GRPOConfig.replay_routing``."""
 
     max_prompt: int = 4096
     max_total: int = 16384
@@ -34,6 +37,9 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    int8_weights: bool = False
+    int8_cache: bool = False
+    routing: bool = False
 
 
 def _read(decoded, rows: np.ndarray, tokenizer, stop: tuple[str, ...]) -> list[Action]:
@@ -73,9 +79,11 @@ def rollout(
             "shorten the history or raise the limit"
         )
     stops = stop_table(tuple(env.stop), tuple(tokenizer.token_bytes()))
-    weights = decode_weights(params, config, fuse)
+    weights = decode_weights(params, config, fuse, int8=options.int8_weights)
     size = bucket(options.max_total)
-    session = prefill(weights, config, ids, lengths, size, repeat=group_size)
+    session = prefill(
+        weights, config, ids, lengths, size, repeat=group_size, routing=options.routing, int8=options.int8_cache
+    )
     trajectory = tr.empty(ids, lengths, group_size, size, version)
     running = np.arange(len(states))
 
@@ -122,4 +130,6 @@ def rollout(
         given = np.zeros(len(states), np.int32)
         given[running] = counts
         session = extend(weights, config, session, tokens, given, int(trajectory.lengths.max()))
+    if options.routing:
+        trajectory = trajectory.replace(routing=to_host(session.routing[:, :size]))
     return trajectory, states

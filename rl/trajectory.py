@@ -24,6 +24,7 @@ class Trajectory:
     logprobs float32 [B, T]: the sampler's log-probability of each sampled token, 0 elsewhere.
     turns int32 [B, T]: 0 on the prompt, t on the t-th policy segment and on the observation after it.
     lengths, prompt_lengths, groups int32 [B]; status int32 [B] (:class:`Status`); version: the weights' version.
+    routing int16 [B, T, layers with experts, k] or None: the experts of each token, -1 where it has not been run.
     """
 
     ids: np.ndarray
@@ -34,6 +35,7 @@ class Trajectory:
     prompt_lengths: np.ndarray
     groups: np.ndarray
     status: np.ndarray
+    routing: np.ndarray | None = None
     version: int = struct.field(pytree_node=False, default=0)
 
 

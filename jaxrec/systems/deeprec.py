@@ -27,30 +27,29 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
-from jaxrec.config import UsageError, nearest, write_atomic
+from jaxrec.config import UsageError, write_atomic
 from jaxrec.data.pipeline import batches
 from jaxrec.data.recommendation import Task, config_task
 from jaxrec.evaluate import deeprec as judging
 from jaxrec.evaluate.ranking import evaluate_ranking
+from jaxrec.systems.deeprec_settings import check, policy_config, reward_config
 from jaxrec.tools.recommenders import Trained, scorer, train_recommender
 from jaxrec.tools.scratch import catalogue_tokenizer, scratch_model
 from jaxrec.tools.traces import TraceConfig, encode_traces, write_traces
 from jaxrec.tools.trm import RecommenderTool
+from models import lora
 from models.sharding import make_mesh, use_mesh
 from rl.checkpoint import Checkpointer
 from rl.envs.recommend import OPEN_QUERY, Example, PromptStyle, RecommendEnv
 from rl.finetune import SFTConfig, sft
 from rl.metrics import MetricsWriter
 from rl.optimizer import OptimizerConfig, init_state
-from rl.policy import GRPOConfig
-from rl.recommender import FORMS, RecommenderConfig
-from rl.rewards import STAGES as REWARD_PARTS
-from rl.rewards import DeepRecReward, RewardConfig
+from rl.recommender import RecommenderConfig
+from rl.rewards import DeepRecReward
 from rl.rollout import RolloutConfig, rollout
 from rl.trainer import train
 
 STAGES = ("trm", "cold_start", "cold_rl", "rec_rl", "evaluate")
-BASELINES = ("sasrec", "gru4rec", "trm_no_text")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,10 +73,17 @@ class Run:
         return self.load(path)
 
     def load(self, path: str | Path) -> models.Model:
-        """A model as it is trained: weights in float32, since steps of 1e-6 vanish in bfloat16's eight bits, run in
-        ``model.dtype``. Neither this nor ``remat`` is a field of a Hugging Face config, so every stage sets them."""
-        model, m = models.load(path, mesh=self.mesh, dtype="float32"), self.config.model
+        """A model as it is trained: weights in float32, since steps of 1e-6 vanish in bfloat16's eight bits (unless
+        low-rank changes leave them frozen), run in ``model.dtype``. Neither this nor ``remat`` is a field of a Hugging
+        Face config, so every stage sets them."""
+        m = self.config.model
+        model = models.load(path, mesh=self.mesh, dtype=m.dtype if m.lora_rank else "float32")
         return model.replace(config=model.config.replace(dtype=m.dtype, remat=m.remat))
+
+    def trainable(self, model: models.Model) -> models.Model:
+        """The model that a stage trains; with low-rank changes these are merged where the stage saves it."""
+        m, key = self.config.model, jax.random.key(self.seed)
+        return lora.adapt(model, m.lora_rank, m.lora_on, m.lora_alpha, key, self.mesh)
 
     @functools.cached_property
     def trm(self) -> Trained:
@@ -114,56 +120,9 @@ class Run:
         r = self.config.rollout
         return RolloutConfig(
             r.max_prompt, r.max_total, r.max_new, self.config.env.max_calls + 1, temperature,
-            r.top_p if temperature else 1.0,
+            r.top_p if temperature else 1.0, int8_weights=r.int8_weights, int8_cache=r.int8_cache,
+            routing=self.config.rl.replay_routing and temperature > 0,
         )  # fmt: skip
-
-
-def check(config: Any) -> None:
-    """Raise UsageError or ValueError for settings that a stage would stumble over, hours into a run perhaps."""
-    for field, known in (("evaluate.controls", judging.CONTROLS), ("baselines.names", BASELINES)):
-        group, name = field.split(".")
-        for value in config[group][name]:
-            if value not in known:
-                raise UsageError(f"{field}: no {value!r}{nearest(value, known)}; known: {', '.join(known)}")
-    if "one_call" in config.evaluate.controls and config.env.results < config.env.answers:
-        raise UsageError(
-            f"evaluate.controls: 'one_call' cannot fill a list of env.answers={config.env.answers} from one call of "
-            f"env.results={config.env.results}; take 'one_query', where later calls are further pages of the first"
-        )
-    for name, same in (("no_point", 0.0), ("with_point", 1.0)):
-        if name in config.evaluate.controls and config.reward.point == same:
-            raise UsageError(f"evaluate.controls: {name!r} is the run itself when reward.point={same}; leave it out")
-    if not config.model.path and not config.cold_start.steps:
-        raise UsageError("cold_start.steps=0 needs a pretrained model: set --config.model.path to its folder")
-    for name in ("cold_rl", "rec_rl"):
-        if config[name].steps < 1:
-            raise UsageError(f"{name}.steps={config[name].steps} must be at least 1")
-    if config.env.answers < 10:
-        raise UsageError(f"env.answers={config.env.answers}: the figures go to rank 10, so a list needs 10 titles")
-    r = config.rollout
-    if not 0 < r.max_prompt < r.max_total or r.max_new < 1:
-        raise UsageError(
-            f"rollout.max_total={r.max_total} must leave room behind rollout.max_prompt={r.max_prompt}, and "
-            f"rollout.max_new={r.max_new} be at least 1"
-        )
-    if config.baselines.form not in FORMS:
-        raise UsageError(f"baselines.form={config.baselines.form!r} must be one of {', '.join(FORMS)}")
-    if not 0 <= config.baselines.stride <= config.data.max_history:
-        raise UsageError(
-            f"baselines.stride={config.baselines.stride} must lie between 0 and data.max_history="
-            f"{config.data.max_history}"
-        )
-    if not 0 <= config.trm.max_history <= config.data.max_history:
-        raise UsageError(
-            f"trm.max_history={config.trm.max_history} must lie between 0 (all of it) and data.max_history="
-            f"{config.data.max_history}, the history that anyone is shown"
-        )
-    if config.evaluate.sampled_users < 0:
-        raise UsageError(f"evaluate.sampled_users={config.evaluate.sampled_users} must be 0 (all) or more")
-    if not 0 <= config.cold_start.open <= 1:
-        raise UsageError(f"cold_start.open={config.cold_start.open} is a share of queries, from 0 to 1")
-    policy_config(config, 0, "rec")
-    reward_config(config)
 
 
 def check_task(this: Run) -> None:
@@ -314,19 +273,15 @@ def cold_start(this: Run) -> None:
         traces = write_traces(
             this.env(), examples, this.task.phrases, options, this.seed, popular[: this.config.env.answers].tolist()
         )
-        arrays, dropped = encode_traces(
-            traces, model.tokenizer, model.config.eos_ids[0], this.config.rollout.max_total
-        )  # fmt: skip
+        eos, longest = model.config.eos_ids[0], this.config.rollout.max_total
+        arrays, dropped = encode_traces(traces, model.tokenizer, eos, longest)
         if dropped:
             print(f"cold_start: {dropped} of {len(traces)} traces are longer than rollout.max_total and are left out")
         optimizer = OptimizerConfig(
-            lr=c.lr,
-            schedule="cosine",
-            warmup_steps=max(1, c.steps // 20),
-            horizon_steps=c.steps + 1,
-            b2=c.b2,
+            lr=c.lr, schedule="cosine", warmup_steps=max(1, c.steps // 20), horizon_steps=c.steps + 1, b2=c.b2,
             muon_lr=c.muon_lr,
-        )
+        )  # fmt: skip
+        model = this.trainable(model)
         state = init_state(model.params, optimizer, this.seed)
         feed = batches(
             {"tokens": arrays["ids"], "mask": arrays["mask"], "lengths": arrays["lengths"]}, c.batch_size, this.seed
@@ -363,27 +318,6 @@ def prompts(this: Run) -> np.ndarray:
             f"{this.config.rl.prompts_per_step} prompts a step; raise the limit or take more users"
         )
     return np.random.Generator(np.random.PCG64(this.seed)).permutation(rows)
-
-
-def reward_config(config: Any) -> RewardConfig:
-    return RewardConfig(
-        answers=config.env.answers, gate_process=config.reward.gate_process, match=config.reward.match
-    )  # fmt: skip
-
-
-def policy_config(
-    config: Any, seed: int, stage: str, lr_scale: float = 1.0, weights: tuple[tuple[str, float], ...] = ()
-) -> GRPOConfig:
-    """The update of a stage ("cold" or "rec"). Raises ValueError for sizes that do not fit together."""
-    r, longest = config.rl, config.rollout.max_total
-    optimizer = OptimizerConfig(lr=r.lr * lr_scale, warmup_steps=r.warmup, b2=r.b2)
-    return GRPOConfig(
-        optimizer=optimizer, prompts_per_step=r.prompts_per_step, group_size=r.group_size,
-        minibatches=r.minibatches, micro_batches=r.micro_batches, advantage=r.advantage, adv_scale=r.adv_scale,
-        clip_low=r.clip_low, clip_high=r.clip_high, kl_coef=r.kl_coef, max_total=longest, save_every=r.save_every,
-        logprob_chunk=r.logprob_chunk, reward_weights=tuple((k, v) for k, v in weights if k in REWARD_PARTS[stage]),
-        seed=seed, length_buckets=(longest,), log_entropy=False, dynamic_sampling=r.dynamic_sampling,
-    )  # fmt: skip
 
 
 def reinforce(
@@ -423,6 +357,7 @@ def reinforce(
         return trajectory, parts, info
 
     reference = jax.tree.map(jnp.copy, model.params) if r.kl_coef else None  # the state's buffers are given away
+    model = this.trainable(model)
     state = init_state(model.params, settings.optimizer, this.seed)
     with (
         MetricsWriter(this.folder, name, steps, show=("reward", "valid_format", "calls", "reward/hit")) as writer,

@@ -82,7 +82,8 @@ def compare(name: str, fields: dict, batches, prompt: int, new: int, repeats: in
 
     import models
     from models.hf import Model
-    from models.sample import decode, decode_weights, prefill
+    from models.layout import decode_weights
+    from models.sample import decode, prefill
 
     config = models.Config(**fields, family="qwen3", qk_norm=True, init_std=0.05)
     params = models.init(config, jax.random.key(0))

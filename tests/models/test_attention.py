@@ -75,7 +75,8 @@ def test_models_are_the_same_in_blocks(name, small_blocks):
 
 
 def test_long_prompts_are_prefilled_in_blocks(small_blocks):
-    from models.sample import decode_weights, prefill
+    from models.layout import decode_weights
+    from models.sample import prefill
 
     model, tokens = models.load(FIXTURES / "gemma3"), np.random.default_rng(0).integers(2, 300, (2, 40), dtype=np.int32)
     weights = decode_weights(model.params, model.config)

@@ -53,7 +53,8 @@ def test_logits_equal_transformers(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_equal_transformers(name):
-    from models.sample import decode, decode_weights, prefill
+    from models.layout import decode_weights
+    from models.sample import decode, prefill
 
     model = models.load(FIXTURES / name)
     expected = np.load(FIXTURES / name / "expected.npz")

@@ -8,7 +8,8 @@ import pytest
 
 import models
 from models import Config
-from models.sample import decode, decode_weights, extend, prefill
+from models.layout import decode_weights
+from models.sample import decode, extend, prefill
 from models.sharding import AXES, make_mesh, shard_batch, use_mesh
 from rl import finetune, policy
 from rl.losses import mean_metrics

@@ -12,8 +12,9 @@ import pytest
 import models
 from models.config import Config
 from models.generation import pad_rows
+from models.layout import decode_weights
 from models.moe import block_size, check_expert_mask, keep_experts, moe, route
-from models.sample import decode, decode_weights, extend, prefill, routing_of
+from models.sample import decode, extend, prefill, routing_of
 from models.sharding import sharding_for
 from models.taps import Scale, Taps, sites
 

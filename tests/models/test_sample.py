@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import models
-from models import Config
+from models import Config, draw
 from models import sample as sampling
-from models.sample import FINISH_EOS, FINISH_STOP, decode, decode_weights, extend, prefill
+from models.layout import decode_weights
+from models.sample import FINISH_EOS, FINISH_STOP, decode, extend, prefill
 from models.sharding import make_mesh, use_mesh
 from models.stops import stop_table
 
@@ -109,7 +110,7 @@ def test_picking_inverts_the_distribution():
     rng = np.random.default_rng(0)
     probs = rng.random(300) * (rng.random(300) < 0.5)
     grid = (np.arange(200_000) + 0.5) / 200_000
-    index = np.asarray(jax.jit(sampling._pick)(jnp.broadcast_to(probs, (len(grid), 300))[:, :], jnp.asarray(grid)))
+    index = np.asarray(jax.jit(draw._pick)(jnp.broadcast_to(probs, (len(grid), 300))[:, :], jnp.asarray(grid)))
     share = np.bincount(index, minlength=300) / len(grid)
     np.testing.assert_allclose(share, probs / probs.sum(), atol=3e-5)
     assert not share[probs == 0].any()

@@ -7,7 +7,9 @@ import pytest
 
 import models
 from models import Config
-from models.sample import _bisect_floor, _truncate, decode, decode_weights, prefill
+from models.draw import _bisect_floor, _truncate
+from models.layout import decode_weights
+from models.sample import decode, prefill
 
 BASE = Config(vocab_size=60, dim=16, layers=2, heads=4, kv_heads=2, head_dim=6, ffn_dim=24, init_std=0.4)
 

@@ -27,6 +27,7 @@ def test_recipes_of_taps():
     np.testing.assert_array_equal(space["guesses"][-1], plain.argmax(-1))
     for name in ("without", "steered", "patched"):
         assert np.abs(np.asarray(space[name]) - plain).max() > 1e-3, name
+    np.testing.assert_allclose(space["by_key"], space["steered"], atol=1e-5 * np.abs(plain).max())
     np.testing.assert_array_equal(np.asarray(space["patched"])[:, :2], plain[:, :2])  # nothing before position 2
 
 

@@ -223,3 +223,52 @@ def test_bad_input():
     for options in ({"results": 31}, {"answers": 0}, {"max_calls": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             env(**options)
+
+
+MOE = CONFIG.replace(family="qwen3_moe", qk_norm=True, experts=6, top_k=2, norm_topk=True, layers=2)
+
+
+def test_routing_that_was_kept_makes_the_ratio_one_and_moves_with_the_rows():
+    """Trainer and sampler send every token to the same experts, whatever the router has become since."""
+    from rl.logprobs import token_logprobs
+    from rl.policy import GRPOConfig, make_batch
+
+    params = models.init(MOE, jax.random.key(0))
+    options = RolloutConfig(max_prompt=8, max_total=40, max_new=6, max_turns=4, routing=True)
+    trajectory, _ = rollout(params, MOE, Doubled(), Echo(3), ["x", "y"], jax.random.key(1), options, group_size=3)
+    assert trajectory.routing.shape == (*trajectory.ids.shape, 2, 2)
+    config = GRPOConfig(prompts_per_step=2, group_size=3, minibatches=1, replay_routing=True, advantage="grpo")
+    batch, _ = make_batch(trajectory, np.arange(6.0), config)
+    T = batch.ids.shape[1]
+    assert batch.routing.shape == (6, T, 2, 2)
+    before = np.arange(T) < batch.lengths[:, None] - 1  # the last token of a row need not have been run
+    assert (batch.routing[before] >= 0).all()
+
+    def score(params, routing):
+        return np.asarray(token_logprobs(params, MOE, batch.ids, batch.lengths, routing=routing))
+
+    sampled = batch.mask > 0
+    np.testing.assert_allclose(score(params, batch.routing)[sampled], batch.sampler_logprobs[sampled], atol=1e-5)
+    other = {**params, "layers": {**params["layers"], "router": -params["layers"]["router"]}}
+    index = models.forward(other, MOE, batch.ids, record=("moe.index",)).records["moe.index"]
+    assert (np.sort(index.reshape(2, 6, T, 2)) != np.sort(batch.routing.transpose(2, 0, 1, 3)))[:, sampled].any()
+    assert np.abs(score(other, None) - score(other, batch.routing))[sampled].max() > 1e-3
+
+
+def test_replay_needs_what_the_rollout_did_not_keep(params):
+    from rl.policy import GRPOConfig, make_batch
+
+    trajectory, _ = play(params, Echo(1))
+    config = GRPOConfig(prompts_per_step=2, group_size=3, minibatches=1, replay_routing=True, advantage="grpo")
+    with pytest.raises(ValueError, match=r"set RolloutConfig\.routing"):
+        make_batch(trajectory, np.arange(6.0), config)
+
+
+def test_eight_bits_are_corrected_by_the_trainer(params):
+    """The sampler's log-probs are those of what it sampled from, so the trainer sees the difference."""
+    from rl.logprobs import token_logprobs
+
+    trajectory, _ = play(params, Echo(2), int8_weights=True, int8_cache=True)
+    exact = np.asarray(token_logprobs(params, CONFIG, trajectory.ids, trajectory.lengths))
+    gap = np.abs(exact - trajectory.logprobs)[trajectory.sampled]
+    assert 0 < gap.mean() < 0.05
