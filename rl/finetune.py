@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from models.config import Config
 from models.sharding import shard_batch, use_mesh
+from models.taps import Reduced
 from rl import losses
 from rl.checkpoint import Checkpointer
 from rl.logprobs import selection, token_logprobs
@@ -26,13 +27,19 @@ class SFTConfig:
     micro_batches: int = 1  # slices the batch is run in; raise when memory runs out, results stay the same
     logprob_chunk: int = 256  # positions per recomputed piece of the softmax; lower for large vocabularies
     save_every: int = 0  # steps between checkpoints; 0 saves only at the end
+    # Weight of the loss that spreads tokens over experts (``rl.losses.router_balance``); 0.01 is usual where a model
+    # with experts is trained from scratch.
+    router_balance: float = 0.0
+    # Weight of the loss that draws a row's tokens to the experts that "router_home" of a batch names, bool [B, E].
+    router_home: float = 0.0
 
     def __post_init__(self):
         for name in ("micro_batches", "logprob_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.save_every < 0:
-            raise ValueError(f"save_every must be at least 0, not {self.save_every}")
+        for name in ("save_every", "router_balance", "router_home"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
 
 
 def sft_loss(
@@ -40,15 +47,43 @@ def sft_loss(
 ) -> tuple[jax.Array, losses.Metrics]:
     """A share of the batch's loss: -sum of masked log-probs / ``tokens``, the masked tokens of the *whole* batch.
 
-    batch: see :func:`sft_step`. Returns (scalar, {"loss": (sum, count)}).
+    batch: see :func:`sft_step`. Returns (scalar, {"loss": (sum, count)}), with ``router_balance`` also "balance", which
+    is 1 where every expert gets its share, with ``router_home`` also "home", nats to the named experts.
     """
     mask = jnp.asarray(batch["mask"], jnp.float32).at[:, 0].set(0.0)  # nothing predicts a row's first token
+    weights = {"balance": config.router_balance, "home": config.router_home}
+    reduce = {name: _router_loss(name, batch) for name, weight in weights.items() if weight}
     logp = token_logprobs(
         params, model_config, batch["tokens"], batch.get("lengths"), chunk=config.logprob_chunk,
         select=batch.get("select"), positions=batch.get("positions"), segment_ids=batch.get("segment_ids"),
+        reduce=reduce or None,
     )  # fmt: skip
+    logp, records = logp if reduce else (logp, {})
     total = losses.cross_entropy(logp, mask)
-    return total / tokens, {"loss": (jax.lax.stop_gradient(total), mask.sum())}
+    share, metrics = total / tokens, {"loss": (jax.lax.stop_gradient(total), mask.sum())}
+    for name in reduce:
+        value = records[name].mean()
+        share = share + weights[name] * value * mask.sum() / tokens
+        metrics[name] = (jax.lax.stop_gradient(value), jnp.ones(()))
+    return share, metrics
+
+
+def _router_loss(name: str, batch: Mapping[str, jax.Array]) -> Reduced:
+    """A loss of one layer's router over the tokens that are no padding."""
+    tokens = batch["tokens"]
+    if "segment_ids" in batch:
+        valid = batch["segment_ids"] > 0
+    elif "lengths" in batch:
+        valid = jnp.arange(tokens.shape[1]) < batch["lengths"][:, None]
+    else:
+        valid = jnp.ones(tokens.shape, bool)
+    flat = valid.reshape(-1).astype(jnp.float32)
+    if name == "home":
+        if "router_home" not in batch:
+            raise ValueError("router_home draws tokens to experts that a batch names: it has no 'router_home' [B, E]")
+        home = jnp.repeat(batch["router_home"], tokens.shape[1], axis=0)
+        return Reduced(("moe.logits",), lambda v: losses.router_home(v["moe.logits"], home, flat))
+    return Reduced(("moe.logits", "moe.index"), lambda v: losses.router_balance(v["moe.logits"], v["moe.index"], flat))
 
 
 def sft_step(

@@ -4,6 +4,8 @@ The head and the softmax run over chunks of time, and where there is more than o
 pass, so memory is that of one chunk: [B, chunk, V].
 """
 
+from collections.abc import Mapping
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import numpy as np
 from models.config import Config
 from models.params import Params
 from models.sample import bucket
+from models.taps import Reduced
 from models.transformer import forward, unembed
 
 
@@ -54,6 +57,7 @@ def token_logprobs(
     positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     routing: jax.Array | None = None,
+    reduce: Mapping[str, Reduced] | None = None,
 ):
     """log p(ids[b, t] | ids[b, :t]) at every position, float32 [B, T]; column 0 and padding are 0.
 
@@ -65,6 +69,7 @@ def token_logprobs(
     positions, segment_ids: for packed rows, see ``models.forward``; the value at a segment's first token conditions on
     the segment before and must be masked by the caller.
     entropy: also return the entropy in nats of the distribution ids[b, t] was drawn from, float32 [B, T].
+    reduce: hooks, as ``models.forward`` takes them; what they keep is returned too, last.
     """
     chex.assert_rank(ids, 2)
     if chunk < 1:
@@ -73,9 +78,10 @@ def token_logprobs(
         raise ValueError(f"temperature must be above 0, not {temperature}: greedy choices have no log-probability")
     B, T = ids.shape
     routing = None if routing is None else jnp.moveaxis(routing, 2, 0)
-    hidden = forward(
-        params, config, ids, head=False, positions=positions, segment_ids=segment_ids, routing=routing
-    ).hidden
+    run = forward(
+        params, config, ids, head=False, positions=positions, segment_ids=segment_ids, routing=routing, reduce=reduce
+    )
+    hidden = run.hidden
     rows = jnp.arange(B)[:, None]
     if select is None:
         hidden, targets = hidden[:, :-1], ids[:, 1:]
@@ -110,4 +116,5 @@ def token_logprobs(
         return values if lengths is None else jnp.where(jnp.arange(T) < lengths[:, None], values, 0.0)
 
     logp, entropies = out
-    return (restore(logp), restore(entropies)) if entropy else restore(logp)
+    found = (restore(logp),) + ((restore(entropies),) if entropy else ()) + ((run.records,) if reduce else ())
+    return found if len(found) > 1 else found[0]

@@ -178,3 +178,27 @@ def check_finite(name: str, values: np.ndarray, mask: np.ndarray | None = None) 
             f"{name} is not finite for sample {shown} ({rows.size} of {len(bad)}; first value {first}); "
             "look at that sample's trajectory, then lower the learning rate or fix the reward"
         )
+
+
+def router_balance(logits: jax.Array, index: jax.Array, valid: jax.Array) -> jax.Array:
+    """E * sum over experts of (share of choices) * (mean probability): 1 where tokens are spread evenly, up to E where
+    one expert gets all (arXiv 2101.03961, equation 4; with k choices their shares sum to 1).
+
+    logits float [M, E] of a layer's router, index int [M, k] the experts taken, valid float [M] 1 on tokens that count.
+    """
+    M, E = logits.shape
+    count = jnp.maximum(valid.sum(), 1.0)
+    chosen = jax.lax.stop_gradient(jnp.zeros(E).at[index].add(valid[:, None]))
+    mean = (jax.nn.softmax(logits.astype(jnp.float32), axis=-1) * valid[:, None]).sum(axis=0) / count
+    return E * (chosen / (count * index.shape[1]) * mean).sum()
+
+
+def router_home(logits: jax.Array, home: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean over tokens of -log of the probability that the router gives to the experts ``home`` together, in nats.
+
+    logits float [M, E], home bool [M, E], valid float [M] 1 on tokens that count.
+    """
+    logits = logits.astype(jnp.float32)
+    inside = jax.nn.logsumexp(jnp.where(home, logits, -jnp.inf), axis=-1)
+    nats = jax.nn.logsumexp(logits, axis=-1) - inside
+    return (nats * valid).sum() / jnp.maximum(valid.sum(), 1.0)

@@ -15,10 +15,11 @@ from models.sharding import place
 
 SCHEDULES = ("constant", "cosine", "linear")
 _NO_DECAY = ("norm", "bias", "scale")
-# Decoder weights that Muon steps: axes of the input and of the output; axis 0 stacks the layers.
+# Decoder weights that Muon steps: axes of the input and of the output; those before them stack layers and experts.
 _MATRICES = {
     "wq": ((1,), (2, 3)), "wk": ((1,), (2, 3)), "wv": ((1,), (2, 3)), "wo": ((1, 2), (3,)),
     "w_gate": ((1,), (2,)), "w_up": ((1,), (2,)), "w_down": ((1,), (2,)),
+    "e_gate": ((2,), (3,)), "e_up": ((2,), (3,)), "e_down": ((2,), (3,)),
 }  # fmt: skip
 
 
@@ -91,8 +92,8 @@ def _muon_axes(params: Any) -> Any:
 
     def axes(path, leaf):
         ins, outs = _MATRICES.get(_leaf_name(path), ((), ()))
-        fits = len(ins) + len(outs) + 1 == getattr(leaf, "ndim", 0)
-        return optax.contrib.MuonDimensionNumbers(ins, outs) if ins and fits else None
+        fits = ins and min(ins) + len(ins) + len(outs) == getattr(leaf, "ndim", 0)
+        return optax.contrib.MuonDimensionNumbers(ins, outs) if fits else None
 
     return jax.tree_util.tree_map_with_path(axes, params)
 

@@ -155,3 +155,17 @@ def test_a_grpo_step_end_to_end(tmp_path):
     np.testing.assert_allclose(ours, float(caught["loss"].detach()), rtol=1e-4, atol=1e-6)
     expected = sorted(advantages.compute("grpo", rewards, np.arange(rows) // 4, np.ones((rows, 1)), group_size=4)[:, 0])
     np.testing.assert_allclose(sorted(inputs["advantages"]), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_router_balance_is_the_mean_over_layers_of_transformers_loss(layers):
+    torch = pytest.importorskip("torch")
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    rng = np.random.default_rng(layers)
+    logits = rng.normal(size=(layers, 40, 8)).astype(np.float32)
+    index = np.argsort(-logits, axis=-1)[..., :2]
+    ours = np.mean([losses.router_balance(x, i, jnp.ones(40)) for x, i in zip(logits, index)])
+    # Theirs sums over the choices of a token where ours takes shares that sum to 1.
+    theirs = np.mean([float(load_balancing_loss_func((torch.tensor(x),), 8, 2)) for x in logits]) / 2
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)

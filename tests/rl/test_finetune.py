@@ -112,3 +112,63 @@ def test_not_finite_loss_stops_the_run():
 def test_bad_settings(name, value):
     with pytest.raises(ValueError, match=name):
         module.SFTConfig(**{name: value})
+
+
+# --- spreading tokens over experts -----------------------------------------------------------------------------------
+
+EXPERTS = Config(
+    family="qwen3_moe", vocab_size=30, dim=16, layers=2, heads=2, kv_heads=1, head_dim=8, ffn_dim=12, qk_norm=True,
+    experts=6, top_k=2, norm_topk=True, init_std=0.5,
+)  # fmt: skip
+
+
+def test_balance_is_one_where_spread_evenly_and_grows_to_the_number_of_experts():
+    every = jnp.arange(6)
+    even = module.losses.router_balance(jnp.zeros((6, 6)), jnp.stack([every, (every + 1) % 6], 1), jnp.ones(6))
+    np.testing.assert_allclose(even, 1.0, rtol=1e-6)
+    one = module.losses.router_balance(100.0 * jnp.eye(6)[jnp.zeros(8, int)], jnp.zeros((8, 1), int), jnp.ones(8))
+    np.testing.assert_allclose(one, 6.0, rtol=1e-6)
+    logits, index = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6))), jnp.arange(16).reshape(8, 2) % 6
+    valid = jnp.arange(8) < 5  # padding counts nothing
+    cut = module.losses.router_balance(logits[:5], index[:5], jnp.ones(5))
+    np.testing.assert_allclose(module.losses.router_balance(logits, index, valid.astype(float)), cut, rtol=1e-6)
+
+
+def test_the_balance_loss_spreads_tokens():
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 30, (8, 12)).astype(np.int32), "mask": np.ones((8, 12), np.float32)}
+    batch["lengths"] = np.full(8, 11, np.int32)
+
+    def balance(weight):
+        params = model_params.init(EXPERTS, jax.random.key(0))
+        params["layers"]["router"] = params["layers"]["router"].at[..., 0].add(2.0)
+        config = module.SFTConfig(OptimizerConfig(lr=1e-2), router_balance=weight)
+        state = init_state(params, config.optimizer)
+        for _ in range(30):
+            state, metrics = module.jitted_sft_step()(state, batch, config, EXPERTS)
+        config = module.SFTConfig(OptimizerConfig(lr=0.0), router_balance=1e-6)
+        metrics = module.jitted_sft_step()(state, batch, config, EXPERTS)[1]
+        return float(metrics["balance"][0])
+
+    assert balance(0.3) < 1.05 < balance(1e-6)
+
+
+def test_a_home_draws_tokens_to_its_experts():
+    logits = jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]]))
+    home = jnp.array([[True, False, True, False], [False, True, False, False]])
+    got = module.losses.router_home(logits, home, jnp.ones(2))
+    np.testing.assert_allclose(got, -(np.log(0.4) + np.log(0.25)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(module.losses.router_home(logits, home, jnp.array([1.0, 0.0])), -np.log(0.4), rtol=1e-6)
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 30, (8, 12)).astype(np.int32), "mask": np.ones((8, 12), np.float32)}
+    batch["router_home"] = np.arange(6) // 3 == (np.arange(8) % 2)[:, None]
+    config = module.SFTConfig(OptimizerConfig(lr=1e-2), router_home=1.0)
+    state = init_state(model_params.init(EXPERTS, jax.random.key(0)), config.optimizer)
+    nats = []
+    for _ in range(30):
+        state, metrics = module.jitted_sft_step()(state, batch, config, EXPERTS)
+        nats.append(float(metrics["home"][0]))
+    assert nats[-1] < 0.5 * nats[0]
+    del batch["router_home"]
+    with pytest.raises(ValueError, match="it has no 'router_home'"):
+        module.jitted_sft_step()(state, batch, config, EXPERTS)

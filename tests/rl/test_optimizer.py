@@ -43,6 +43,7 @@ def test_learning_rate_zero_leaves_every_bit():
 def test_muon_steps_every_layer_as_optax_steps_its_matrix():
     rng = np.random.default_rng(0)
     shapes = {"wq": (2, 8, 2, 4), "wo": (2, 2, 4, 8), "w_up": (2, 8, 16), "attn_norm": (2, 8), "embed": (12, 8)}
+    shapes["e_down"] = (2, 3, 6, 8)  # every expert is a matrix of its own
     draw = lambda: {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}  # noqa: E731
     params, grads = draw(), draw()
     config = OptimizerConfig(lr=1e-2, muon_lr=0.03, clip=None)
@@ -52,7 +53,8 @@ def test_muon_steps_every_layer_as_optax_steps_its_matrix():
 
     def matrices(tree):  # one plain [in, out] matrix per layer, which is all optax's Muon knows of
         flat = {"wq": (8, 8), "wo": (8, 8), "w_up": (8, 16)}
-        return {f"{name}{n}": tree[name][n].reshape(shape) for name, shape in flat.items() for n in range(2)}
+        experts = {f"expert{n}{e}": tree["e_down"][n, e] for n in range(2) for e in range(3)}
+        return experts | {f"{name}{n}": tree[name][n].reshape(shape) for name, shape in flat.items() for n in range(2)}
 
     def run(referee, params, grads):
         opt_state = referee.init(params)
