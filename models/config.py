@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, object]] = {
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "olmoe", *MLA_FAMILIES)
 MOE_FORMS = ("auto", "dense", "block", "ragged", "kernel")
+MASK_MODES = ("mask_first", "group_then_mask", "official_zero_fill", "drop")
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -108,6 +109,9 @@ class Config:
     rope_dim: int = 0
     value_dim: int = 0
     rope_interleaved: bool = False  # pairs that turn are (0, 1), (2, 3), ... instead of (i, i + half)
+    # What an expert mask does (see models.moe.route): "mask_first", or for comparison with published figures
+    # "group_then_mask", "official_zero_fill" or "drop".
+    mask_mode: str = "mask_first"
     moe_form: str = "auto"  # how experts are run, see models.moe; "auto" goes by the backend
     query_scalar: int | None = None  # scores are divided by its root; None: H
     attn_softcap: float | None = None  # scores become cap * tanh(score / cap) (Gemma 2)
@@ -128,10 +132,13 @@ class Config:
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ValueError(f"unknown family {self.family!r}; known: {', '.join(FAMILIES)}")
+        self._check_ranges()
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
         if self.moe_form not in MOE_FORMS:
             raise ValueError(f"moe_form must be one of {', '.join(MOE_FORMS)}, not {self.moe_form!r}")
+        if self.mask_mode not in MASK_MODES:
+            raise ValueError(f"mask_mode must be one of {', '.join(MASK_MODES)}, not {self.mask_mode!r}")
         if (self.experts > 0) != (self.family in MOE_FAMILIES):
             raise ValueError(f"a {self.family} model {'has no' if self.experts else 'needs'} experts")
         if self.experts:
@@ -160,9 +167,22 @@ class Config:
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', not {self.dtype!r}")
         if self.lora_rank < 0 or (self.lora_rank and not self.lora_on):
             raise ValueError(f"lora_rank must be at least 0, with matrices in lora_on, not {self.lora_rank}")
-        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim"):
+
+    def _check_ranges(self) -> None:
+        """Every number by itself."""
+        for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "max_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("experts", "top_k", "shared_dim", "first_dense", "dense_ffn_dim", "kv_lora", "q_lora", "norm_eps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        positive = ("rope_theta", "local_rope_theta", "sliding_window", "query_scalar", "attn_softcap", "final_softcap")
+        for name in positive:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name, ids in (("eos_ids", self.eos_ids), ("pad_id", (self.pad_id,))):
+            if not all(0 <= i < self.vocab_size for i in ids):
+                raise ValueError(f"{name}={getattr(self, name)} must lie below vocab_size={self.vocab_size}")
 
     def _check_experts(self) -> None:
         if not 1 <= self.top_k <= self.experts:

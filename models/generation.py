@@ -38,8 +38,17 @@ def generate_tokens(
     params: Params, config: Config, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
     temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0, stops=None,
 ):  # fmt: skip
-    """Ids in, :class:`models.sample.Decoded` (as numpy) out."""
+    """Ids in, :class:`models.sample.Decoded` (as numpy) out.
+
+    Raises ValueError when a prompt and what may follow are longer than the model's context, and as ``prefill`` does.
+    """
     ids, lengths = pad_rows(prompts, config.pad_id)
+    if lengths.max(initial=0) + max_new_tokens > config.max_len:
+        worst = int(lengths.argmax())
+        raise ValueError(
+            f"prompt {worst} has {lengths[worst]} tokens, with max_new_tokens={max_new_tokens} more than the model's "
+            f"context, max_len={config.max_len}: shorten it or lower max_new_tokens"
+        )
     weights = decode_weights(params, config)
     longest = int(lengths.max())
     session = prefill(weights, config, ids, lengths, longest + max_new_tokens)
@@ -57,7 +66,7 @@ def generate(
 ) -> list[Generation]:  # fmt: skip
     """Continue each prompt with a loaded ``Model``; greedy by default.
 
-    Raises ValueError when the model has no tokenizer or a prompt encodes to nothing.
+    Raises ValueError when the model has no tokenizer, a prompt encodes to nothing or is too long for its context.
     """
     if model.tokenizer is None:
         raise ValueError("this model folder has no tokenizer files; use models.generate_tokens with token ids")

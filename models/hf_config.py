@@ -262,8 +262,10 @@ def config_from_hf(
         )
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", _width_name(family))
     for name in sizes:
-        if not isinstance(fields.get(name), int):
-            raise ValueError(f"{source}: field {name!r} is missing or no whole number (found {fields.get(name)!r})")
+        if not isinstance(fields.get(name), int) or fields[name] < 1:
+            raise ValueError(
+                f"{source}: field {name!r} is missing or no whole number above 0 (found {fields.get(name)!r})"
+            )
     fixed = FAMILIES[family]
     wanted = _ACTIVATIONS[fixed.get("activation", "silu")]
     name = "hidden_activation" if "hidden_activation" in fields else "hidden_act"
@@ -290,13 +292,14 @@ def config_from_hf(
     pad = fields.get("pad_token_id")
     pad = generation.get("pad_token_id") if pad is None else pad
     bos = fields.get("bos_token_id")
-    return Config(
+    kv_heads = fields.get("num_key_value_heads")
+    values = dict(
         family=family,
         vocab_size=fields["vocab_size"],
         dim=dim,
         layers=layers,
         heads=heads,
-        kv_heads=fields.get("num_key_value_heads") or heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
         head_dim=head_dim,
         ffn_dim=fields[_width_name(family)],
         norm_eps=fields.get("rms_norm_eps", 1e-6),
@@ -305,7 +308,7 @@ def config_from_hf(
         eos_ids=eos,
         bos_id=bos,
         # Right padding is never attended to, so any id is a valid pad; end of text is the usual choice.
-        pad_id=pad if pad is not None and pad >= 0 else (eos[0] if eos else 0),
+        pad_id=pad if pad is not None and 0 <= pad < fields["vocab_size"] else (eos[0] if eos else 0),
         **fixed,
         **_rope(fields, family, source),
         **_windows(fields, family, layers, source),
@@ -313,6 +316,10 @@ def config_from_hf(
         **_gemma(fields, family, source),
         **_deepseek(fields, family, source),
     )
+    try:
+        return Config(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def config_to_hf(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from models import lora
 from models.config import Config
 from models.linear import quantize
+from models.moe import check_expert_mask
 from models.params import Param, Params, declare, stacks
 
 
@@ -25,6 +26,8 @@ def decode_weights(
     biases and routers stay as they are. Weights take a quarter of float32's memory; logits of the tiny random models of
     the tests move by 2 to 11 % (tests/models/test_int8.py), those of trained ones by less (tests/bench/README.md).
     """
+    if expert_mask is not None:
+        check_expert_mask(expert_mask, config)
     weights = lay_out(params, config, fuse, int8)
     if expert_mask is None:
         return weights

@@ -28,19 +28,42 @@ _FAR = 1e4  # more than scores and their biases can differ by, little enough to 
 
 
 def check_expert_mask(mask: np.ndarray, config: Config) -> None:
-    """Raise ValueError unless ``mask`` is bool [L, E] and keeps at least top_k experts in every layer."""
-    mask = np.asarray(mask)
+    """Raise ValueError unless ``mask`` is bool [L, E] and keeps at least top_k experts in every layer.
+
+    Where its values are not at hand (inside a program that is being traced, on devices of other processes) only its
+    form is checked.
+    """
+    if not config.experts:
+        raise ValueError(f"expert_mask is for models with experts, a {config.family} has none: leave it out")
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
     if mask.shape != (config.moe_layers, config.experts) or mask.dtype != bool:
         raise ValueError(
             f"expert_mask must be bool [layers with experts, experts] = [{config.moe_layers}, {config.experts}], got "
             f"{mask.dtype} {list(mask.shape)}"
         )
+    if isinstance(mask, jax.core.Tracer) or not getattr(mask, "is_fully_addressable", True):
+        return
+    mask = np.asarray(mask)
     kept = mask.sum(axis=1)
     if (kept < config.top_k).any():
         layer = int(np.argmin(kept))
         raise ValueError(
             f"expert_mask keeps {int(kept[layer])} experts in layer {layer}, fewer than the {config.top_k} that each "
             "token is sent to"
+        )
+    if config.mask_mode in ("group_then_mask", "official_zero_fill") and config.groups > 1:
+        _check_groups(mask, config)
+
+
+def _check_groups(mask: np.ndarray, config: Config) -> None:
+    """Where groups are chosen without the mask, any of them may be the chosen ones: the emptiest must do."""
+    kept = np.sort(mask.reshape(len(mask), config.groups, -1).sum(axis=-1))[:, : config.top_groups].sum(axis=-1)
+    if (kept < config.top_k).any():
+        layer = int(np.argmin(kept))
+        raise ValueError(
+            f"mask_mode {config.mask_mode!r} chooses {config.top_groups} groups before the mask, and the emptiest of "
+            f"layer {layer} keep {int(kept[layer])} experts together, fewer than the {config.top_k} that each token is "
+            "sent to; take mask_mode='mask_first'"
         )
 
 
@@ -56,35 +79,52 @@ def route(
     layer: "router" [D, E]; "router_bias" [E] float32, added to sigmoids for the choice alone; "expert_mask" bool [E] if
     some are masked: those are never chosen; "routing" int [M, k], experts that are taken in place of the best ones
     (where it is not -1), as when a trainer repeats a sampler's choices. rows: mesh axes that tokens are split over.
+
+    ``mask_mode`` says what a mask does. "mask_first": what is masked does not exist, for groups and probabilities
+    either, so that the masked model is the one without those experts. "group_then_mask": groups are chosen as if
+    nothing were masked. "official_zero_fill": EASY-EP's released routine (arXiv 2504.06792, its repository), in which
+    scores of other groups and of masked experts become 0, so that a masked expert can be chosen after all. "drop": as
+    without a mask, but what masked experts make is left out, without normalising anew (its appendix F.3).
     """
     logits = jnp.einsum("md,de->me", x, dense(layer["router"]).astype(x.dtype), preferred_element_type=jnp.float32)
-    masked = "expert_mask" in layer
-    if masked:
-        logits = jnp.where(layer["expert_mask"], logits, -jnp.inf)
+    mask, mode = layer.get("expert_mask"), config.mask_mode
+    if mask is not None and mode == "mask_first":
+        logits = jnp.where(mask, logits, -jnp.inf)
     logits = taps("moe.logits", logits)
     if config.router_score == "sigmoid":
         scores = jax.nn.sigmoid(logits)
         choice = scores + layer["router_bias"]
-        if masked:
-            choice = jnp.where(layer["expert_mask"], choice, -jnp.inf)
+        if mask is not None and mode == "mask_first":
+            choice = jnp.where(mask, choice, -jnp.inf)
     else:
         scores, choice = jax.nn.softmax(logits, axis=-1), logits  # logits order alike, and none underflows to a tie
+        if mask is not None and mode == "official_zero_fill":
+            choice = scores
+    late = mask if mode in ("group_then_mask", "official_zero_fill") else None
     choose = functools.partial(_choose, config=config)
     if rows:  # the compiler would gather all tokens for a top-k, so each device is told to look at its own
-        choose = jax.shard_map(choose, in_specs=PartitionSpec(rows), out_specs=PartitionSpec(rows))
-    index = choose(choice)
+        specs = (PartitionSpec(rows), PartitionSpec()) if late is not None else PartitionSpec(rows)
+        choose = jax.shard_map(choose, in_specs=specs, out_specs=PartitionSpec(rows))
+    index = choose(choice) if late is None else choose(choice, late)
     if "routing" in layer:
         index = jnp.where(layer["routing"] >= 0, layer["routing"].astype(index.dtype), index)
     weights = jnp.take_along_axis(scores, index, axis=-1)
     if config.norm_topk:
         weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    if mask is not None and mode == "drop":
+        weights = jnp.where(mask[index], weights, 0.0)
     return taps("moe.index", index), taps("moe.weights", weights * config.routed_scale)
 
 
-def _choose(choice: jax.Array, config: Config) -> jax.Array:
-    """The experts int32 [M, k] with the best scores [M, E]; one with -inf is never among them."""
+def _choose(choice: jax.Array, mask: jax.Array | None = None, *, config: Config) -> jax.Array:
+    """The experts int32 [M, k] with the best scores [M, E]; one with -inf is never among them. mask: bool [E], applied
+    when groups have been chosen."""
+    fill = mask is not None and config.mask_mode == "official_zero_fill"
     if config.groups > 1:
-        choice = _best_groups(choice, config)
+        grouped = _best_groups(choice, config)
+        choice = jnp.where(grouped == choice, choice, 0.0) if fill else grouped
+    if mask is not None:
+        choice = jnp.where(mask, choice, 0.0 if fill else -jnp.inf)
     return jax.lax.top_k(choice, config.top_k)[1]
 
 
@@ -215,8 +255,9 @@ def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     if "routing" in layer:
         layer = {**layer, "routing": layer["routing"].reshape(len(flat), -1)}
     index, weights = route(flat, layer, config, taps, rows)
+    normed = taps.wants("moe.expert_norm")
     matrices = tuple(layer[name] for name in ("e_gate", "e_up", "e_down"))
-    tapped = taps.wants("moe.expert_out")
+    tapped = taps.wants("moe.expert_out") or normed
     form = _form(config, index.size)
     if not (
         alone and form == "block" and isinstance(matrices[0], Quantized)
@@ -228,6 +269,8 @@ def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
         out = _spread(x, matrices, index, None if tapped else weights, config, mesh, rows)
     if out.ndim == 3:
         out = taps("moe.expert_out", out.reshape(-1, *out.shape[-2:]))
+        if normed:
+            taps("moe.expert_norm", jnp.linalg.norm(out.astype(jnp.float32), axis=-1))
         out = jnp.einsum("mkd,mk->md", out, weights.astype(x.dtype))
     out = taps("moe.routed", out.reshape(x.shape))
     return out + mlp(x, layer, config, taps, shared=True) if config.shared_dim else out

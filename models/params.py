@@ -247,6 +247,20 @@ def shardings(config: Config, mesh: jax.sharding.Mesh) -> Params:
     return map_declared(lambda p: sharding_for(mesh, p.shape, p.axes), config)
 
 
+def check_mesh(config: Config, mesh: jax.sharding.Mesh | None) -> None:
+    """Raise ValueError where the ``tensor`` axis of a mesh does not divide the attention heads.
+
+    Any other axis that a mesh does not divide stays whole, key-value heads among them; but heads that stay whole are
+    most of the model's arithmetic, done once more on every device.
+    """
+    tensor = 1 if mesh is None else mesh.shape.get("tensor", 1)
+    if config.heads % tensor:
+        raise ValueError(
+            f"the mesh has tensor={tensor}, which does not divide the model's heads={config.heads}: take a divisor of "
+            f"{config.heads} and give the other devices to data, fsdp or expert"
+        )
+
+
 def init_leaf(param: Param, key: jax.Array, config: Config, dtype: str) -> jax.Array:
     """Random values of one parameter, see :func:`init`."""
     if param.init in ("ones", "zeros"):
@@ -259,8 +273,9 @@ def init(config: Config, key: jax.Array, dtype: str = "float32", mesh: jax.shard
     """Random parameters (float32 by default), made in place on the mesh when one is given.
 
     Normal(0, ``init_std``) everywhere, output projections divided by sqrt(2 L) as in GPT-2; norms 1, biases 0.
-    The values do not depend on the mesh.
+    The values do not depend on the mesh. Raises ValueError for a mesh whose ``tensor`` does not divide the heads.
     """
+    check_mesh(config, mesh)
     leaves, tree = jax.tree.flatten(declare(config), is_leaf=lambda leaf: isinstance(leaf, Param))
 
     def make(key):

@@ -26,10 +26,10 @@ from models.config import Config
 from models.draw import sample_token
 from models.linear import Quantized, quantize
 from models.rope import rope_table
-from models.sharding import constrain
+from models.sharding import constrain, to_host
 from models.stops import StopTable
 from models.taps import Edit, Reduced, Taps, check_sites, layers_of
-from models.transformer import block, embed, rms_norm, unembed
+from models.transformer import block, check_tokens, embed, rms_norm, unembed
 
 FINISH_LENGTH, FINISH_EOS, FINISH_STOP = 0, 1, 2  # FINISH_STOP + j means stop string j
 
@@ -81,11 +81,11 @@ def bucket(n: int, smallest: int = 16) -> int:
 
 @struct.dataclass
 class _Hooks:
-    """What is to be recorded, edited and reduced; the names are part of the program, the edits' numbers are not."""
+    """What is to be recorded, edited and reduced; the names are part of the program, numbers are not."""
 
     edit: dict[str, Edit]
     record: tuple[str, ...] = struct.field(pytree_node=False, default=())
-    reduce: tuple[tuple[str, Reduced], ...] = struct.field(pytree_node=False, default=())
+    reduce: dict[str, Reduced] = struct.field(default_factory=dict)
 
     def of_layer(self, config: Config, i: int, routing: bool) -> Taps:
         here = layers_of(config, i, 1)
@@ -96,7 +96,7 @@ class _Hooks:
         record = tuple(site for site in self.record if site in here)
         if routing and "moe.index" in here:
             record += ("moe.index",)
-        return Taps(record, edit, {name: what for name, what in self.reduce if set(what.sites) <= set(here)})
+        return Taps(record, edit, {name: what for name, what in self.reduce.items() if set(what.sites) <= set(here)})
 
     @property
     def keep(self) -> bool:
@@ -106,7 +106,7 @@ class _Hooks:
 def hooks(config: Config, record=(), edit=None, reduce=None) -> _Hooks:
     """What the device programs below take for hooks; ``models.taps`` says what they are."""
     check_sites(record, edit, config, reduce)
-    return _Hooks(dict(edit or {}), tuple(record), tuple(sorted((reduce or {}).items())))
+    return _Hooks(dict(edit or {}), tuple(record), dict(reduce or {}))
 
 
 def _write(cache: jax.Array | Quantized, rows, slots, x: jax.Array) -> jax.Array | Quantized:
@@ -223,13 +223,17 @@ def _checked(tokens: np.ndarray, counts: np.ndarray, config: Config) -> tuple[np
     tokens, counts = np.asarray(tokens, np.int32), np.asarray(counts, np.int32)
     if counts.max(initial=0) > tokens.shape[1]:
         raise ValueError(f"a row is said to hold {counts.max()} tokens but the array has {tokens.shape[1]} columns")
-    outside = (tokens < 0) | (tokens >= config.vocab_size)
-    if outside.any():  # on device a gather would take another row instead, silently
-        raise ValueError(
-            f"token id {tokens[outside][0]} is outside the model's vocabulary of {config.vocab_size}: "
-            "is this the tokenizer the model was trained with?"
-        )
+    check_tokens(tokens, config)
     return tokens, counts
+
+
+def _check_reach(tokens: int, config: Config, what: str) -> None:
+    """Raise ValueError where a row would leave the positions that the weights were made for."""
+    if tokens > config.max_len:
+        raise ValueError(
+            f"{what} {tokens} tokens, but the model's context is max_len={config.max_len}: shorten the prompt or lower "
+            "the limit"
+        )
 
 
 def prefill(
@@ -242,7 +246,8 @@ def prefill(
     tokens int32 [P, T] right-padded, lengths int32 [P] in 1..T, size = slots per row (rounded up to a bucket).
     routing: keep the experts of every token too, now and in later turns, see :func:`routing_of`. int8: the cache in
     eight bits with a scale per key and head, half of bfloat16's memory. record, edit, reduce: hooks on the P prompts.
-    Raises ValueError when a prompt is empty or does not fit, and for ids outside the vocabulary.
+    Raises ValueError when a prompt is empty, does not fit or is longer than the model's context, and for ids outside
+    the vocabulary.
     """
     tokens, lengths = _checked(tokens, lengths, config)
     if routing and not config.experts:
@@ -251,6 +256,7 @@ def prefill(
         raise ValueError("a prompt must hold at least one token")
     if lengths.max(initial=1) > size:
         raise ValueError(f"a prompt of {lengths.max()} tokens does not fit a session of {size} slots")
+    _check_reach(int(lengths.max(initial=0)), config, "a prompt has")
     width = bucket(tokens.shape[1])
     tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
     size = max(bucket(size), width)
@@ -276,11 +282,13 @@ def extend(
 
     tokens int32 [B, T] right-padded, counts int32 [B] (0 leaves a row as it is), longest = the longest row after this
     call, which the caller knows on the host; it bounds what attention reads. record, edit, reduce: hooks, whose values
-    are of all rows. Raises ValueError when it does not fit, and for ids outside the vocabulary.
+    are of all rows. Raises ValueError when it does not fit the session or the model's context, and for ids outside the
+    vocabulary.
     """
     tokens, counts = _checked(tokens, counts, config)
     if longest > session.size:
         raise ValueError(f"a row would hold {longest} tokens but the session has {session.size} slots")
+    _check_reach(longest, config, "a row would hold")
     width = bucket(tokens.shape[1])
     tokens = np.pad(tokens, ((0, 0), (0, width - tokens.shape[1])))
     return _extend(
@@ -387,7 +395,8 @@ def decode(
     limits: int32 [B] new tokens per row, 0 for rows that only wait. longest: the longest row before this call, if the
     caller knows it. steps: width of the output, at least the largest limit; fix it to keep one program while limits
     vary. record, edit, reduce: hooks on every step; what they keep is in ``Decoded.records``. Returns what was written
-    and the session, in which the written tokens are already cached.
+    and the session, in which the written tokens are already cached. Raises ValueError where a row and its limit do not
+    fit the session or the model's context.
     """
     limits = np.asarray(limits, np.int32)
     steps = steps or bucket(max(int(limits.max(initial=1)), 1))
@@ -396,6 +405,9 @@ def decode(
     longest = session.size if longest is None else longest + int(limits.max(initial=0))
     if longest > session.size:
         raise ValueError(f"rows may grow to {longest} tokens but the session has {session.size} slots; lower the limit")
+    if longest > config.max_len:  # perhaps no row has both that length and the largest limit; the device knows
+        reach = np.where(limits > 0, to_host(session.lens) + limits, 0)
+        _check_reach(int(reach.max(initial=0)), config, "with its limit a row may grow to")
     table, is_eos = _stop_arrays(stops, config.eos_ids, config.vocab_size)
     return _decode(
         weights, session.replace(records={}), key, limits,

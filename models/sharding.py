@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "expert", "tensor")
@@ -41,6 +41,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with axes ``data, fsdp, expert, tensor``. One size may be -1: it takes the devices that remain.
 
+    devices: all by default. TPUs are put in such an order that neighbours in the mesh are neighbours on the torus, the
+    later axes first; others stay as they come.
     Raises ValueError when the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
@@ -56,7 +58,19 @@ def make_mesh(
             f"mesh {wanted} does not use {len(devices)} devices; make the product equal, or set one axis to -1"
         )
     # Auto mode: the compiler propagates shardings, so user hooks need not be written against sharded types.
-    return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
+    """The devices in the shape of a mesh; of TPUs by where they stand."""
+    one_torus = len({getattr(d, "slice_index", 0) for d in devices}) == 1  # several slices stay one behind the other
+    if devices[0].platform == "tpu" and one_torus:
+        # Physical axes are split only where sizes leave no other way: whole ones are rings.
+        for split in (False, True):
+            # The latter where devices are no box: a part of a torus that someone chose.
+            with contextlib.suppress(NotImplementedError, AssertionError):
+                return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
+    return np.asarray(devices).reshape(sizes)
 
 
 def spec_for(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str]) -> PartitionSpec:

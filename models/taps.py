@@ -21,7 +21,7 @@ from models.config import Config
 BLOCK_SITES = (
     "resid.pre", "attn.q", "attn.k", "attn.v", "attn.logits", "attn.probs", "attn.heads", "attn.out",
     "resid.mid", "mlp.gate", "mlp.act", "mlp.out", "resid.post",
-    "moe.logits", "moe.index", "moe.weights", "moe.expert_out", "moe.routed",
+    "moe.logits", "moe.index", "moe.weights", "moe.expert_out", "moe.expert_norm", "moe.routed",
 )  # fmt: skip
 EDGE_SITES = ("embed", "final")
 SITES = EDGE_SITES + BLOCK_SITES
@@ -78,6 +78,7 @@ class AddToKeys:
         return scores + value.astype(scores.dtype)
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Reduced:
     """What to keep of the sites of one layer.
@@ -85,7 +86,9 @@ class Reduced:
     sites: names of sites. function: ``{site: array} -> pytree``, called once per layer; its results come stacked over
     the layers that have all of these sites. With ``by_block`` it is for "attn.logits" and "attn.probs" of long prompts:
     called as ``function({site: [B, K, G, t, S]}, slots)`` for blocks of t queries that stand at ``slots`` int32
-    [B or 1, t] (-1: no query), and its results are summed over the blocks.
+    [B or 1, t] (-1: no query), and its results are summed over the blocks. A function that is a pytree itself
+    (``flax.struct.dataclass``) carries arrays that every layer sees whole; the sampler's programs take them as
+    arguments, so that new numbers compile nothing.
     """
 
     sites: tuple[str, ...]
@@ -95,6 +98,16 @@ class Reduced:
     def __post_init__(self):
         if self.by_block and not set(self.sites) <= {"attn.logits", "attn.probs"}:
             raise ValueError(f"only attn.logits and attn.probs come in blocks of queries, not {', '.join(self.sites)}")
+
+    def tree_flatten(self):
+        if jax.tree_util.all_leaves([self.function]):  # a plain function is part of the program
+            return (), (self.sites, self.function, self.by_block)
+        return (self.function,), (self.sites, None, self.by_block)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        sites, function, by_block = static
+        return cls(sites, children[0] if children else function, by_block)
 
 
 _DENSE_ONLY = ("mlp.gate", "mlp.act")

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from models.attention import Look, attention, softcap
 from models.config import Config
 from models.linear import Adapted, Matrix, Quantized, dense, product, product_out_in
 from models.mlp import mlp
-from models.moe import moe
+from models.moe import check_expert_mask, moe
 from models.params import Params, stacks
 from models.rope import apply_rope, rope_table
 from models.sharding import constrain
@@ -162,6 +163,16 @@ def embed(weights: Params, config: Config, tokens: jax.Array) -> jax.Array:
     return x * jnp.asarray(config.dim**0.5, x.dtype) if config.scale_embed else x  # the factor is rounded as HF's is
 
 
+def check_tokens(tokens: np.ndarray, config: Config) -> None:
+    """Raise ValueError for ids outside the vocabulary: on device a gather would take another row instead, silently."""
+    outside = (tokens < 0) | (tokens >= config.vocab_size)
+    if outside.any():
+        raise ValueError(
+            f"token id {tokens[outside][0]} is outside the model's vocabulary of {config.vocab_size}: "
+            "is this the tokenizer the model was trained with?"
+        )
+
+
 def forward(
     params: Params,
     config: Config,
@@ -181,7 +192,8 @@ def forward(
     tokens: int32 [B, T]. Padding goes on the right, where causal attention keeps it from reaching any real token.
     positions: int32 [B, T], default 0..T-1. segment_ids: int32 [B, T] for packed sequences (pass positions too).
     head: False leaves ``logits`` None, for callers that need only some of them.
-    record, edit, reduce: taps, see ``models.taps``. Raises ValueError for unknown sites.
+    record, edit, reduce: taps, see ``models.taps``. Raises ValueError for unknown sites, for a mask that does not fit,
+    and of NumPy's arrays for ids outside the vocabulary.
     expert_mask: bool [L, E], a row for each layer with experts; those where it is False are never chosen
     (``models.moe.check_expert_mask``).
     routing: int [layers with experts, B, T, k], experts to take instead of those that the router prefers, or -1
@@ -189,6 +201,10 @@ def forward(
     """
     chex.assert_rank(tokens, 2)
     check_sites(record, edit, config, reduce)
+    if isinstance(tokens, np.ndarray):
+        check_tokens(tokens, config)
+    if expert_mask is not None:
+        check_expert_mask(expert_mask, config)
     B, T = tokens.shape
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(T), (1, T))

@@ -65,11 +65,16 @@ def rollout(
 ) -> tuple[Trajectory, list[Any]]:
     """Play every example ``group_size`` times; returns the trajectories [P * group_size rows] and the final states.
 
-    Raises ValueError without examples and when a prompt is longer than ``max_prompt``, naming the example;
+    Raises ValueError without examples, when ``max_total`` is more than the model's context, and when a prompt is longer
+    than ``max_prompt``, naming the example;
     FloatingPointError naming the row when the model's log-probabilities are not finite.
     """
     if len(examples) == 0 or group_size < 1:
         raise ValueError(f"nothing to roll out: {len(examples)} examples, group_size={group_size}")
+    if options.max_total > config.max_len:
+        raise ValueError(
+            f"max_total={options.max_total} is more than the model's context, max_len={config.max_len}: lower max_total"
+        )
     states, prompts = env.reset(examples, group_size)
     ids, lengths = pad_rows([tokenizer.encode(p) for p in prompts], config.pad_id)
     if lengths.max() > options.max_prompt:

@@ -61,3 +61,14 @@ def ml100k() -> Path:
     if not (path / "ml-100k.inter").is_file():
         pytest.fail(f"JAXREC_ML100K={path} holds no ml-100k.inter")
     return path
+
+
+@pytest.fixture(scope="session")
+def easyep() -> Path:
+    """Folder of expert masks as EASY-EP publishes them (`*.json`), named by JAXREC_EASYEP."""
+    folder = os.environ.get("JAXREC_EASYEP")
+    if not folder:
+        pytest.fail("set JAXREC_EASYEP to a folder with EASY-EP's mask files (tests named easyep need it)")
+    if not any(Path(folder).glob("*.json")):
+        pytest.fail(f"JAXREC_EASYEP={folder} holds no *.json")
+    return Path(folder)

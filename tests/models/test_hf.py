@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import models
-from models import Config
+from models import Config, hf_read
 from models.config import FAMILIES, RopeScaling
 from models.hf import Model
 from models.hf_config import config_from_hf, config_to_hf, text_part
@@ -140,11 +140,11 @@ def test_load_onto_a_mesh(name, axes, tmp_path):
 
 
 def test_each_piece_is_read_once(monkeypatch):
-    from models import hf
-
     read = []
-    original = hf._read_layer
-    monkeypatch.setattr(hf, "_read_layer", lambda p, t, r: read.append((p.hf, id(t), tuple(r))) or original(p, t, r))
+    original = hf_read._read_layer
+    monkeypatch.setattr(
+        hf_read, "_read_layer", lambda p, t, r: read.append((p.hf, id(t), tuple(r))) or original(p, t, r)
+    )
     mesh = models.make_mesh(data=4, tensor=2)
     config = models.load(FIXTURES / "llama", mesh=mesh).config
     assert len(read) == len(set(read))

@@ -122,6 +122,12 @@ def test_a_prompt_that_is_too_long_is_refused(params):
         play(params, Echo(1), max_prompt=5)
 
 
+def test_conversations_longer_than_the_models_context_are_refused(params):
+    options, config = RolloutConfig(max_prompt=8, max_total=40, max_new=6), CONFIG.replace(max_len=39)
+    with pytest.raises(ValueError, match=r"max_total=40 is more than the model's context, max_len=39"):
+        rollout(params, config, Doubled(), Echo(1), ["x"], jax.random.key(1), options)
+
+
 # --- the recommendation environment -----------------------------------------------------------------------------------
 
 CATALOGUE = Catalogue(("", *(f"T{i}" for i in range(1, 31))), ("", *["c"] * 30))
