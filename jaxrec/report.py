@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ class Run:
 
     metrics: one dict per (stage, step), in order of first appearance; trajectories: a selection, see `_select`;
     result: result.json or None while there is none; stage_seconds: stage -> seconds in all, where known; notes:
-    what was odd about the files. Of a run with several seeds, all but the result is the first seed's.
+    what was odd about the files; figures: what the recipe wrote into figures.json to be drawn. Of a run with several
+    seeds, all but result and figures is the first seed's.
     """
 
     workdir: Path
@@ -40,6 +41,7 @@ class Run:
     result: dict[str, Any] | None
     stage_seconds: dict[str, float]
     notes: list[str]
+    figures: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], str]:
@@ -99,7 +101,21 @@ def read_run(workdir: Path) -> Run:
     trajectories, note = read_jsonl(folder / "trajectories.jsonl")
     notes += [note] if note else []
     seconds = _stage_seconds(folder / "seconds.json")
-    return Run(workdir, config, list(metrics.values()), _select(trajectories), _read_result(workdir), seconds, notes)
+    chosen, result, figures = _select(trajectories), _read_result(workdir), _read_figures(workdir)
+    return Run(workdir, config, list(metrics.values()), chosen, result, seconds, notes, figures)
+
+
+def _read_figures(workdir: Path) -> list[dict[str, Any]]:
+    path = workdir / "figures.json"
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(f, dict) and f["kind"] in ("heatmap", "lines") for f in found):
+            return found
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: {error!r}; run the last stage again") from error
+    raise ValueError(f"{path}: a list of heatmaps and lines was expected; run the last stage again")
 
 
 def _stage_seconds(path: Path) -> dict[str, float]:

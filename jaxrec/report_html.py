@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxrec.config import flatten
 from jaxrec.report import Run, best_rows, by_reach, format_value, is_number, protocol_line, total_reward
-from jaxrec.report_plots import Plot
+from jaxrec.report_plots import FIGURES, Plot
 from jaxrec.systems import SYSTEMS
 
 _LONG_TEXT = 6000
@@ -79,7 +79,9 @@ def page(run: Run, plots: Sequence[Plot]) -> str:
     ]
     if result:
         body += [_badges(result), "<h2>Result</h2>", _table(result), _comparisons(result)]
-    for stage in dict.fromkeys(plot.stage for plot in plots if plot.stage):
+    if drawn := [plot for plot in plots if plot.stage == FIGURES]:
+        body += ["<h2>Figures</h2>", _figures(drawn)]
+    for stage in dict.fromkeys(plot.stage for plot in plots if plot.stage and plot.stage != FIGURES):
         own = [plot for plot in plots if plot.stage == stage]
         body += [f"<h2>Learning curves: {_text(stage)}</h2>", _figures([plot for plot in own if plot.main])]
         if more := [plot for plot in own if not plot.main]:

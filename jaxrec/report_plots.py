@@ -26,6 +26,7 @@ _THEMES = {
 Curve = tuple[list[float], list[float]]  # steps, values
 _MAIN = ("reward", "valid format", "turns", "response length (tokens)", "ranking", "loss")
 _NOT_CURVES = {"step", "time", "epoch"}
+FIGURES = "figures"  # the stage of what a recipe wrote into figures.json
 # Panel title -> how the metrics that belong in it begin or what they contain; the first that fits takes the metric.
 _PANELS = (
     ("reward", ("reward",)),
@@ -69,6 +70,10 @@ def draw(run: Run, folder: Path) -> list[Plot]:
     seconds = phase_seconds(run.metrics, run.stage_seconds)
     if seconds:
         plots.append(_save(folder, "time", ("", "Time per phase"), lambda figure: _time(figure, seconds)))
+    for number, spec in enumerate(run.figures):
+        label = (FIGURES, str(spec.get("title", "")))
+        paint = figure_kinds()[spec["kind"]]
+        plots.append(_save(folder, f"figure_{number}", label, lambda figure, s=spec, p=paint: p(figure, s), main=True))
     return plots
 
 
@@ -124,7 +129,7 @@ def _panels(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Curve]]:
     return dict(sorted(panels.items(), key=lambda item: order.get(item[0], len(order))))
 
 
-def _save(folder: Path, name: str, label: tuple[str, str], paint: Callable[[Figure], str]) -> Plot:
+def _save(folder: Path, name: str, label: tuple[str, str], paint: Callable[[Figure], str], main: bool = False) -> Plot:
     paths = []
     alt = ""
     for suffix, theme in _THEMES.items():
@@ -148,7 +153,7 @@ def _save(folder: Path, name: str, label: tuple[str, str], paint: Callable[[Figu
             path = folder / f"{name}{suffix}.png"
             figure.savefig(path, dpi=140, transparent=True)
             paths.append(path)
-    return Plot(*label, alt, label[1] in _MAIN, *paths)
+    return Plot(*label, alt, main or label[1] in _MAIN, *paths)
 
 
 def _curves(figure: Figure, title: str, curves: Mapping[str, Curve]) -> str:
@@ -160,7 +165,7 @@ def _curves(figure: Figure, title: str, curves: Mapping[str, Curve]) -> str:
     return f"{title} by step: {ends}"
 
 
-def _panel(ax: Axes, title: str, curves: Mapping[str, Curve]) -> None:
+def _panel(ax: Axes, title: str, curves: Mapping[str, Curve], x: str = "step") -> None:
     for place, (name, (xs, ys)) in enumerate(curves.items()):
         colour = f"C{place % len(COLOURS)}"  # of the theme
         dash = "-" if place < len(COLOURS) else "--"
@@ -179,7 +184,7 @@ def _panel(ax: Axes, title: str, curves: Mapping[str, Curve]) -> None:
     ax.set_title(_printable(title), loc="left", fontsize=10, fontweight="bold")
     ax.grid(axis="y", linewidth=0.6)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    ax.set_xlabel("step", fontsize=8)
+    ax.set_xlabel(x, fontsize=8)
     ax.tick_params(labelsize=8)
     if len(curves) > 1:
         ax.legend(fontsize=7.5, frameon=False, ncols=2 if len(curves) > 3 else 1)
@@ -220,3 +225,42 @@ def _time(figure: Figure, seconds: Mapping[str, Mapping[str, float]]) -> str:
     ax.tick_params(labelsize=8)
     ax.legend(fontsize=7.5, frameon=False, ncols=min(6, len(phases)), loc="lower right", bbox_to_anchor=(1.0, 1.0))
     return "; ".join(f"{stage} {total:,.1f} s" for stage, total in zip(stages, left))
+
+
+def figure_kinds() -> dict[str, Callable[[Figure, Mapping[str, Any]], str]]:
+    """What a recipe may write into figures.json: the kind of a figure and who paints it."""
+    return {"heatmap": _heatmap, "lines": _lines}
+
+
+def _heatmap(figure: Figure, spec: Mapping[str, Any]) -> str:
+    """``values`` [rows, columns]; ``labels`` for both axes of a square one, or None."""
+    values, labels = spec["values"], spec.get("labels")
+    figure.set_size_inches(4.6, 2.9)
+    figure.subplots_adjust(left=0.22 if labels else 0.13, right=0.99, top=0.89, bottom=0.3 if labels else 0.17)
+    ax = figure.subplots()
+    shown = ax.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest")
+    ax.set_title(_printable(str(spec["title"])), loc="left", fontsize=10, fontweight="bold")
+    figure.colorbar(shown, ax=ax)
+    if labels:
+        places = range(len(labels))
+        ax.set_xticks(places, [_printable(str(label)) for label in labels], rotation=40, ha="right")
+        ax.set_yticks(places, [_printable(str(label)) for label in labels])
+        for i in places:
+            for j in places:
+                ink = "w" if shown.norm(values[i][j]) < 0.6 else "k"
+                ax.text(j, i, f"{values[i][j]:.2f}", ha="center", va="center", fontsize=8, color=ink)
+    ax.set_xlabel(_printable(str(spec["x"])), fontsize=8)
+    ax.set_ylabel(_printable(str(spec["y"])), fontsize=8)
+    ax.tick_params(labelsize=8)
+    flat = [v for row in values for v in row]
+    return f"{spec['title']}: {len(values)} by {len(values[0])}, from {min(flat):.3g} to {max(flat):.3g}"
+
+
+def _lines(figure: Figure, spec: Mapping[str, Any]) -> str:
+    """``series``: name -> values over ``at``."""
+    at = [float(x) for x in spec["at"]]
+    curves = {str(name): (at, [float(v) for v in values]) for name, values in spec["series"].items()}
+    figure.set_size_inches(4.6, 2.6)
+    figure.subplots_adjust(left=0.13, right=0.98, top=0.89, bottom=0.17)
+    _panel(figure.subplots(), str(spec["title"]), curves, _printable(str(spec["x"])))
+    return f"{spec['title']}: {', '.join(curves)}"
