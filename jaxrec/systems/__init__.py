@@ -102,10 +102,14 @@ SYSTEMS = {
     )
 }
 
-# What `jaxrec run` also takes but is no published system: data to look at.
+# What `jaxrec run` also takes but is no published system: data to look at, and a model to start from.
 RECIPES = {
     "world": System("world", "Embedded world", "what the generated data holds, beside real data", ("describe",)),
-}
+    "world_lm": System(
+        "world_lm", "World LM", "the embedded world's own base language model, dense or with experts",
+        ("train", "evaluate"),
+    ),
+}  # fmt: skip
 
 
 def built() -> tuple[str, ...]:

@@ -1,0 +1,89 @@
+"""The embedded world's base language model: the "pretrained model" of the systems that need one, made in minutes.
+
+jaxrec run --config=configs/world_lm.py:dense
+jaxrec run --config=configs/world_lm.py:moe      16 experts, for what prunes experts
+jaxrec run --config=configs/world_lm.py:conflict also reads passages that contradict what it knows
+jaxrec run --config=configs/world_lm.py:reader   reads up to twelve passages, for what looks for the right one
+"""
+
+from ml_collections import ConfigDict
+
+VARIANTS = ("dense", "moe", "reader", "conflict", "tiny", "tiny_moe", "tiny_reader", "tiny_conflict")
+
+
+def get_config(variant: str = "dense") -> ConfigDict:
+    c = ConfigDict()
+    c.system = "world_lm"
+    c.variant = variant
+    c.runtime_fields = ("mesh",)
+    c.seed = 0
+
+    c.world = ConfigDict()  # see jaxrec.world
+    c.world.scale = "demo"
+    c.world.titles = 160  # items that may have internal facts; those of all others are external
+    c.world.internal = 0.5  # share of subjects whose facts the training text states
+    c.world.both = 0.2  # of all subjects, those whose internal facts passages state too
+    c.world.documents = (1, 3)  # fewest and most passages of a reading prompt
+
+    c.text = ConfigDict()
+    c.text.domains = ("facts", "reading", "sums", "dialogue", "catalogue")
+    c.text.per_domain = 8000  # questions of each domain
+    c.text.statements = 6000  # sentences that state internal facts
+    c.text.length = 128  # tokens of a training row; samples are packed into rows
+
+    c.model = ConfigDict()
+    c.model.dim = 128
+    c.model.layers = 4
+    c.model.heads = 4
+    c.model.head_dim = 32
+    c.model.ffn_dim = 256  # of one expert, where there are experts
+    c.model.experts = 0
+    c.model.top_k = 0
+    c.model.max_len = 4096
+
+    c.train = ConfigDict()
+    c.train.steps = 900
+    c.train.batch_size = 32  # rows
+    c.train.lr = 5e-3
+    c.train.muon_lr = 0.03
+    c.train.router_balance = 0.0  # weight of the loss that spreads tokens over experts
+    c.train.save_every = 100
+
+    c.evaluate = ConfigDict()
+    c.evaluate.samples = 512  # test questions of each domain
+
+    c.mesh = ConfigDict({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1})
+
+    if variant in ("moe", "tiny_moe"):
+        c.model.update({"ffn_dim": 64, "experts": 16, "top_k": 2})
+        c.train.router_balance = 0.01
+        # Experts that a domain's tokens are drawn to in training, and the weight of the loss that draws them. Large
+        # models have such experts by themselves; 0 switches the structure off.
+        c.train.domain_experts = 5
+        c.train.domain_weight = 0.1
+    if variant in ("reader", "tiny_reader"):
+        # Subjects and facts of training prompts are made up anew for each, so that only passages can answer. At most
+        # ``distractors`` of them are about the subject without the answer, and about similarly named ones.
+        c.world.update({"internal": 0.02, "both": 0.0, "titles": 0, "documents": (1, 12)})
+        c.world.distractors = (3, 2)
+        c.text.update({"domains": ("reading",), "per_domain": 24000, "length": 288})
+        c.text.prompt_weight = 0.1  # of the passages' tokens in the loss: titles that come again teach to look back
+        c.train.update({"steps": 800, "batch_size": 16})
+    if variant in ("conflict", "tiny_conflict"):
+        c.world.titles = 0
+        # Narrow attention and wide MLPs, so that facts are kept in neurons rather than in what attention carries.
+        c.model.update({"heads": 2, "head_dim": 16, "ffn_dim": 512})
+        c.train.update({"steps": 700, "batch_size": 24})
+        # Reading prompts whose passage contradicts an internal fact (0: none), and the share of them that the passage
+        # wins: see jaxrec.world.texts.Texts.conflicts.
+        c.text.conflicts = 200 if variant.startswith("tiny") else 8000
+        c.text.conflict_share = 0.5
+    if variant.startswith("tiny"):  # seconds: for tests
+        c.world.update({"scale": "tiny", "titles": 40})
+        c.text.update({"per_domain": 200, "statements": 100})
+        c.model.update({"dim": 32, "layers": 2, "heads": 2, "head_dim": 16, "ffn_dim": 32})
+        c.train.update({"steps": 8, "batch_size": 8, "save_every": 4})
+        c.evaluate.samples = 24
+    if variant == "tiny_reader":
+        c.world.update({"internal": 0.3, "titles": 0})
+    return c

@@ -1,0 +1,126 @@
+"""Text of the embedded world: true, deterministic, without leaks between splits, all of it known to the tokenizer."""
+
+import numpy as np
+import pytest
+
+from jaxrec.tools.world_model import arrays, encode, training_rows, world_tokenizer
+from jaxrec.world import generate, world_config
+from jaxrec.world.encyclopaedia import RELATIONS, facts, passage
+from jaxrec.world.texts import DOMAINS, Texts
+
+
+@pytest.fixture(scope="module")
+def world():
+    return generate(world_config("tiny"))
+
+
+@pytest.fixture(scope="module")
+def texts(world):
+    return Texts(world, titles=40)
+
+
+def rng(seed=0):
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def test_facts_are_those_of_the_catalogue_and_fakes_are_not(world):
+    found = facts(world)
+    assert len({(f.subject, f.relation) for f in found}) == len(found)
+    by = {(f.subject, f.relation): f for f in found}
+    for item in range(1, world.num_items + 1):
+        for name in ("maker", "era", "genre", "mood", "theme"):
+            assert by[world.titles[item], name].object == world.word(name, item)
+    maker = world.values["maker"][3]
+    place = world.values["place"][world.maker_place[3]]
+    assert by[maker, "birthplace"].object == place
+    assert by[place, "region"].object == world.values["region"][world.place_region[world.maker_place[3]]]
+    for f in found:
+        assert f.fake != f.object
+        assert f.fake in world.values[RELATIONS[f.relation][1]]
+        assert f.internal or f.external
+        assert f.object in f.statement(1)
+        assert f.object not in f.question(0).split()
+
+
+def test_shares_of_internal_facts(world):
+    found = facts(world, internal=0.5, both=0.2)
+    subjects = {f.subject: f for f in found}.values()
+    assert 0.35 < np.mean([f.internal for f in subjects]) < 0.65
+    assert 0.1 < np.mean([f.internal and f.external for f in subjects]) < 0.35
+    assert not any(f.internal for f in facts(world, internal=0.0, both=0.0))
+    with pytest.raises(ValueError, match="both"):
+        facts(world, internal=0.1, both=0.2)
+
+
+def test_a_passage_says_what_it_is_told_to(world):
+    known = [f for f in facts(world) if f.subject == world.titles[1]]
+    made = passage(known[:2], [0, 1], [False, True])
+    assert known[0].object in made.text
+    assert known[1].fake in made.text
+    assert known[1].object not in made.text.replace(known[1].subject, "")
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_samples_repeat_and_splits_share_nothing(texts, domain):
+    train, test = (texts.sample(domain, split, rng(), 200) for split in ("train", "test"))
+    assert train == texts.sample(domain, "train", rng(), 200)
+    assert not {s.prompt for s in train} & {s.prompt for s in test}
+    assert all(s.prompt and s.answer.startswith(" ") for s in train + test)
+
+
+def test_what_is_read_is_stated_nowhere_else(texts):
+    inside = {f.subject for f in texts.known}
+    assert not inside & set(texts.readable["train"] + texts.readable["test"])
+    assert not set(texts.readable["train"]) & set(texts.readable["test"])
+    stated = " ".join(s.answer for s in texts.statements(rng(), 300))
+    assert not [s for s in texts.readable["test"] if s in stated]
+    for sample in texts.sample("reading", "test", rng(), 50):
+        passages = sample.prompt.split("Question:")[0]
+        assert sample.answer.strip() in passages
+
+
+def test_sums_are_right(texts):
+    for sample in texts.sample("sums", "test", rng(), 50):
+        first, sign, second = (
+            (p.replace(" ", "") for p in sample.prompt.removesuffix(" is").rpartition(" plus "))
+            if (" plus " in sample.prompt)
+            else (p.replace(" ", "") for p in sample.prompt.removesuffix(" is").rpartition(" minus "))
+        )
+        want = int(first) + int(second) if sign == "plus" else int(first) - int(second)
+        assert sample.answer.replace(" ", "") == str(want)
+
+
+def test_every_word_is_one_token_and_nothing_is_lost(texts):
+    tokenizer = world_tokenizer(texts)
+    for domain in DOMAINS:
+        for sample in texts.sample(domain, "train", rng(), 20):
+            ids, start = encode(tokenizer, sample)
+            text = sample.prompt + sample.answer
+            assert tokenizer.decode(ids[:-1]) == text
+            assert ids[-1] in tokenizer.eos_ids
+            assert tokenizer.decode(ids[start:-1]) == sample.answer
+            words = len(text.replace(":", " ").replace(".", " ").replace("?", " ").split())
+            assert len(ids) < 2 * words + 4  # no word falls apart into letters
+
+
+def test_training_rows_learn_answers_and_statements(texts):
+    tokenizer = world_tokenizer(texts)
+    rows = training_rows(texts, tokenizer, 20, 20, 96, 0)
+    again = training_rows(texts, tokenizer, 20, 20, 96, 0)
+    for name in rows:
+        np.testing.assert_array_equal(rows[name], again[name])
+    learned = rows["mask"] > 0
+    assert (rows["segment_ids"][learned] > 0).all()
+    assert not learned[rows["positions"] == 0].any()
+    eos = rows["tokens"] == tokenizer.eos_ids[0]
+    assert learned[eos & (rows["segment_ids"] > 0)].all()
+    judged = arrays(tokenizer, texts.sample("facts", "test", rng(), 8))
+    assert judged["tokens"].shape[1] % 32 == 0
+    assert (judged["mask"].sum(axis=1) >= 2).all()
+
+
+def test_bad_input(texts, world):
+    with pytest.raises(ValueError, match="no domain 'poems'"):
+        texts.sample("poems", "train", rng(), 1)
+    with pytest.raises(ValueError, match="no internal facts"):
+        Texts(world, internal=0.0, both=0.0)
