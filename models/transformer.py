@@ -142,14 +142,12 @@ def block(x: jax.Array, layer: Params, rope, attend: Attend, config: Config, tap
 def unembed(params: Params, config: Config, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] in float32 from final hidden states [..., D]."""
     with jax.named_scope("unembed"):
-        if config.tie_embeddings or "head_out" in params:
-            head = params["embed" if config.tie_embeddings else "head_out"]
-            form, scale = "...d,vd->...v", head.scale[:, 0] if isinstance(head, Quantized) else None
-        else:
-            head = params["head"]
-            form, scale = "...d,dv->...v", head.scale[0] if isinstance(head, Quantized) else None
+        turned = config.tie_embeddings or "head_out" in params  # stored [V, D]
+        head = params["embed" if config.tie_embeddings else "head_out" if turned else "head"]
+        scale = head.scale.reshape(-1) if isinstance(head, Quantized) else None
         head = head.values if isinstance(head, Quantized) else dense(head)
-        logits = jnp.einsum(form, hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        head = head.T if turned else head
+        logits = jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
         return softcap(logits if scale is None else logits * scale, config.final_softcap)
 
 
