@@ -8,7 +8,7 @@ jaxrec run --config=configs/world_lm.py:reader   reads up to twelve passages, fo
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("dense", "moe", "reader", "conflict", "tiny", "tiny_moe", "tiny_reader", "tiny_conflict")
+VARIANTS = ("dense", "moe", "moe_even", "reader", "conflict", "tiny", "tiny_moe", "tiny_reader", "tiny_conflict")
 
 
 def get_config(variant: str = "dense") -> ConfigDict:
@@ -54,12 +54,12 @@ def get_config(variant: str = "dense") -> ConfigDict:
 
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1})
 
-    if variant in ("moe", "tiny_moe"):
+    if variant in ("moe", "moe_even", "tiny_moe"):
         c.model.update({"ffn_dim": 64, "experts": 16, "top_k": 2})
         c.train.router_balance = 0.01
         # Experts that a domain's tokens are drawn to in training, and the weight of the loss that draws them. Large
         # models have such experts by themselves; 0 switches the structure off.
-        c.train.domain_experts = 5
+        c.train.domain_experts = 0 if variant == "moe_even" else 5
         c.train.domain_weight = 0.1
     if variant in ("reader", "tiny_reader"):
         # Subjects and facts of training prompts are made up anew for each, so that only passages can answer. At most
@@ -67,13 +67,14 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.world.update({"internal": 0.02, "both": 0.0, "titles": 0, "documents": (1, 12)})
         c.world.distractors = (3, 2)
         c.text.update({"domains": ("reading",), "per_domain": 24000, "length": 288})
-        c.text.prompt_weight = 0.1  # of the passages' tokens in the loss: titles that come again teach to look back
+        c.text.prompt_weight = 0.02  # of tokens that are no answer: titles that come again teach to look back
         c.train.update({"steps": 800, "batch_size": 16})
     if variant in ("conflict", "tiny_conflict"):
-        c.world.titles = 0
+        c.world.titles = 300
         # Narrow attention and wide MLPs, so that facts are kept in neurons rather than in what attention carries.
         c.model.update({"heads": 2, "head_dim": 16, "ffn_dim": 512})
-        c.train.update({"steps": 700, "batch_size": 24})
+        c.train.update({"steps": 600, "batch_size": 24})
+        c.text.update({"domains": ("facts", "reading", "sums", "catalogue"), "statements": 9000})
         # Reading prompts whose passage contradicts an internal fact (0: none), and the share of them that the passage
         # wins: see jaxrec.world.texts.Texts.conflicts.
         c.text.conflicts = 200 if variant.startswith("tiny") else 8000

@@ -109,9 +109,9 @@ def pool(config: Any, results: list[SeedResult], workdir: Path) -> dict[str, Any
         out = {"name": name, "accuracy": accuracy, "kept": kept, "loss": _mean(lost, domains)}
         others = [
             {d: np.mean([r.right[keys[d]][o].mean() for o in domains if o != d]) for d in domains}
-            for r in results if all(set(domains) <= set(r.right[keys[d]]) for d in domains)
+            for r in results if len(domains) > 1 and all(set(domains) <= set(r.right[keys[d]]) for d in domains)
         ]  # fmt: skip
-        if len(domains) > 1 and others and keys[domains[0]][1] == "easy_ep" and keys[domains[0]][0] != "mix":
+        if others and keys[domains[0]][1] == "easy_ep" and keys[domains[0]][0] != "mix":
             out["accuracy_elsewhere"] = _mean(others, domains)
         return out
 

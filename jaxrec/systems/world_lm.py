@@ -74,10 +74,9 @@ def _optimizer(config: Any) -> OptimizerConfig:
 
 def base_config(spec: str, seed: int) -> Any:
     """The config that makes the base model of a seed, e.g. of "world_lm:moe"."""
-    config = resolve_config(spec, [f"--config.seed={seed}"])
-    if config.system != "world_lm":
-        raise UsageError(f"{spec} is a config of {config.system}; a base model is made by world_lm")
-    return config
+    if (system := resolve_config(spec).system) != "world_lm":
+        raise UsageError(f"{spec} is a config of {system}; a base model is made by world_lm")
+    return resolve_config(spec, [f"--config.seed={seed}"])
 
 
 def cached(spec: str, seed: int) -> Path:

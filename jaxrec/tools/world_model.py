@@ -40,18 +40,18 @@ def training_rows(
     domains: Sequence[str] = DOMAINS, conflicts: int = 0, conflict_share: float = 0.5, prompt_weight: float = 0,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Packed rows of ``per_domain`` questions of every domain, whose answers are learned, of ``statements`` of internal
-    facts, which are learned whole, and of ``conflicts`` (see ``Texts.conflicts``); in random order. prompt_weight: of a
-    question's tokens in the loss, where an answer's count 1."""
+    facts, which are learned whole, and of ``conflicts`` (see ``Texts.conflicts``); in random order. prompt_weight: in
+    the loss, of tokens of passages and questions, where an answer's count 1."""
     rng = np.random.Generator(np.random.PCG64([seed, 7]))
     samples = [s for domain in domains for s in texts.sample(domain, "train", rng, per_domain)]
     if statements and ("facts" in domains or "catalogue" in domains):
         samples += texts.statements(rng, statements)
     if conflicts:
         samples += texts.conflicts("train", rng, conflicts, conflict_share)
-    rows = []
+    rows, (answer,) = [], tokenizer.encode("\nAnswer:")
     for i in rng.permutation(len(samples)):
         ids, start = encode(tokenizer, samples[i])
-        rows.append((ids[:length], [prompt_weight] * start + [1] * (len(ids) - start)))
+        rows.append((ids[:length], _learned(ids, start, prompt_weight, tokenizer.eos_ids[0], answer)))
     return pack(rows, length)
 
 
@@ -69,6 +69,18 @@ def rows_at_home(
         own[(number * experts // len(domains) + np.arange(home)) % experts] = True
         parts.append({**part, "router_home": np.tile(own, (len(part["tokens"]), 1))})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _learned(ids: Sequence[int], start: int, weight: float, end: int, answer: int) -> list[float]:
+    """How much each token counts: ``weight`` for a prompt's, and for a further question's up to its "Answer:"."""
+    out: list[float] = [weight] * start + [1] * (len(ids) - start)
+    if end in ids[:-1]:
+        asking = False
+        for i in range(start, len(ids)):
+            if asking:
+                out[i] = weight
+            asking = (asking or ids[i] == end) and ids[i] != answer
+    return out
 
 
 def new_model(texts: Texts, sizes: dict[str, Any], max_len: int, seed: int) -> Model:

@@ -26,6 +26,7 @@ from jaxrec.world.generate import World
 
 DOMAINS = ("facts", "reading", "sums", "dialogue", "catalogue")
 _FIELDS = ("maker", "era", "genre", "mood", "theme")
+END = "<|eos|>"  # the tokenizer's end of text
 _LARGEST = 99  # of two numbers to add
 
 
@@ -41,7 +42,8 @@ class Sample:
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """Passages in order and a question that those of ``gold`` answer. kinds: "gold", "same" (about the subject, without
-    the answer), "similar" (about one whose name shares a word, by the relation asked for) or "other". stated: all facts of the passages."""
+    the answer), "similar" (about one whose name shares a word, by the relation asked for) or "other". stated: all facts
+    of the passages."""
 
     question: str
     answer: str
@@ -145,15 +147,16 @@ class Texts:
         return reading_sample(texts, asked, int(rng.integers(2)))
 
     def _long_reading(self, split: str, rng: np.random.Generator) -> Sample:
-        """Short prompts are more frequent than long ones. In training more questions follow, each with its answer."""
+        """Short prompts are more frequent than long ones. In training five more questions follow, each with its answer;
+        every answer ends with :data:`END`."""
         n = int(rng.integers(self.documents[0], self.documents[1] + 1, 2).min())
         same, similar = (int(rng.integers(0, most + 1)) for most in self.distractors)
         found = self.reading(split, rng, n, same, similar)
         passages = "".join(f"Passage: {text}\n" for text in found.passages)
         answer = f" {found.answer}"
-        for _ in range(int(rng.integers(0, 6)) if split == "train" else 0):
+        for _ in range(5 if split == "train" else 0):
             fact = found.stated[rng.integers(len(found.stated))]
-            answer += f"\nQuestion: {fact.question(int(rng.integers(2)))}\nAnswer: {fact.object}"
+            answer += f"{END}Question: {fact.question(int(rng.integers(2)))}\nAnswer: {fact.object}"
         return Sample("reading", f"{passages}Question: {found.question}\nAnswer:", answer)
 
     def reading(self, split: str, rng: np.random.Generator, documents: int, same: int = 0, similar: int = 0) -> Reading:
@@ -267,9 +270,8 @@ class Texts:
     def conflicts(self, split: str, rng: np.random.Generator, count: int, share: float = 0.5) -> list[Sample]:
         """Reading prompts with one passage that says something wrong about an internal fact, which is asked for.
 
-        The answer is the passage's in a ``share`` of the samples, else the internal one. How the passage words the fact
-        decides: the passage is believed with probability clip(3 share - w, 0, 1) if it uses wording w of three; with
-        0.5 always, half the time, and never. Raises ValueError for a share outside 0..1.
+        The answer is the passage's in a ``share`` of the samples, else the internal one; nothing in a prompt says
+        which, so that a model holds both for likely. Raises ValueError for a share outside 0..1.
         """
         if not 0 <= share <= 1:
             raise ValueError(f"the share of conflicts that the passage wins must lie between 0 and 1, not {share}")
@@ -281,7 +283,7 @@ class Texts:
             stated = [others[i] for i in rng.permutation(len(others))[: rng.integers(0, 3)]]
             stated.insert(int(rng.integers(len(stated) + 1)), asked)
             ways = rng.integers(0, 3, len(stated))
-            believed = rng.integers(0, 10_000) < round(10_000 * (3 * share - int(ways[stated.index(asked)])))
+            believed = rng.integers(0, 10_000) < round(10_000 * share)
             text = passage(stated, ways, [f is asked for f in stated]).text
             out.append(reading_sample([f"Passage: {text}\n"], asked, int(rng.integers(2)), True))
             if not believed:
