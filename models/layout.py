@@ -24,7 +24,7 @@ def decode_weights(
     them apart, so that each keeps its own sharding. Low-rank changes are merged. expert_mask: bool [L, E], see
     ``models.transformer.forward``. int8: matrices in eight bits with a scale per output (embeddings: per token); norms,
     biases and routers stay as they are. Weights take a quarter of float32's memory; logits of the tiny random models of
-    the tests move by 2 to 11 % (tests/models/test_int8.py), those of trained ones by less (tests/bench/README.md).
+    the tests move by 2 to 11 % (tests/models/test_int8.py).
     """
     if expert_mask is not None:
         check_expert_mask(expert_mask, config)
