@@ -3,7 +3,7 @@
 jaxrec run --config=configs/world_lm.py:dense
 jaxrec run --config=configs/world_lm.py:moe      16 experts, for what prunes experts
 jaxrec run --config=configs/world_lm.py:conflict also reads passages that contradict what it knows
-jaxrec run --config=configs/world_lm.py:reader   reads up to twelve passages, for what looks for the right one
+jaxrec run --config=configs/world_lm.py:reader   for up to twelve passages; does not find the right one yet
 """
 
 from ml_collections import ConfigDict

@@ -20,8 +20,9 @@ Key = tuple[str, str, int]  # domain of the mask, method, experts kept
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SeedResult:
-    """right, nll: (domain of the mask, method, keep), with method "full" for no mask, -> domain of the questions ->
-    float [n]. figures: what the report draws."""
+    """By (domain of the mask, method, experts kept), with method "full" for no mask, and domain of the questions: right
+    float [n], 1 for an exact answer (random: the mean over draws), and loss in nats per answer token. figures: what the
+    report draws. samples: questions of a domain."""
 
     right: dict[Key, dict[str, np.ndarray]]
     loss: dict[Key, dict[str, float]]
@@ -70,7 +71,7 @@ def _figures(found, masks, right, domains: list[str], config: Any) -> list[dict[
     out = []
     for name, statistics in found.items():
         share = statistics.score / statistics.score.sum(axis=1, keepdims=True)
-        out.append(_heatmap(f"Expert scores: {name}", share, "layer", "expert, best first", np.sort(share)[:, ::-1]))
+        out.append(_heatmap(f"Expert scores: {name}", np.sort(share)[:, ::-1], "layer", "expert, best first"))
     keep = min(config.select.keep)
     own = {name: masks[name, "easy_ep", keep] for name in domains if (name, "easy_ep", keep) in masks}
     if own:
@@ -81,11 +82,9 @@ def _figures(found, masks, right, domains: list[str], config: Any) -> list[dict[
     return out
 
 
-def _heatmap(title, values, y, x, sorted_values=None, labels=None) -> dict[str, Any]:
-    return {
-        "kind": "heatmap", "title": title, "x": x, "y": y, "labels": labels,
-        "values": np.round(values if sorted_values is None else sorted_values, 5).tolist(),
-    }  # fmt: skip
+def _heatmap(title: str, values: np.ndarray, y: str, x: str, labels: list[str] | None = None) -> dict[str, Any]:
+    values = np.round(values, 5).tolist()
+    return {"kind": "heatmap", "title": title, "x": x, "y": y, "labels": labels, "values": values}
 
 
 def _mean(parts: list[Mapping[str, Any]], own: list[str]) -> float:

@@ -103,6 +103,12 @@ def check(config: Any) -> None:
     for method in config.select.methods:
         if method not in experts.METHODS:
             raise UsageError(f"select.methods: no {method!r}; known: {', '.join(experts.METHODS)}")
+    if "easy_ep" not in config.select.methods:
+        raise UsageError("select.methods must name easy_ep, which the others are compared with")
+    if config.evaluate.random_draws < 1 or config.calibrate.samples < 1:
+        raise UsageError("evaluate.random_draws and calibrate.samples must be at least 1")
+    if MIX in config.prune.domains and not config.select.mix:
+        raise UsageError(f"prune.domains names {MIX!r}, which select.mix=False leaves out")
     if not config.select.keep or min(config.select.keep) < 1:
         raise UsageError(f"select.keep={config.select.keep} must name at least one number of experts")
     if config.prune.domains and config.prune.keep not in config.select.keep:
@@ -163,10 +169,10 @@ def calibrate(this: Run) -> None:
         found = calibration.result(name)
         left_out = f", {dropped} longer than calibrate.max_tokens are left out" if dropped else ""
         print(f"calibrate: {name}: {len(rows)} samples, {int(lengths.sum())} tokens{left_out}")
-        arrays = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
+        sums = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
         layers = np.arange(config.moe_layers) + config.first_dense
         draft = folder / f".{name}.npz"
-        np.savez(draft, **arrays, layer_ids=layers, n_tokens=int(lengths.sum()))
+        np.savez(draft, **sums, layer_ids=layers, n_tokens=int(lengths.sum()))
         draft.replace(path)
 
 

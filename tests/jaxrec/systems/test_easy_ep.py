@@ -112,6 +112,9 @@ def test_files_as_domains(done, tmp_path):
     ("override", "message"),
     [
         ("select.methods=('easy_ep','wanda')", "no 'wanda'"),
+        ("select.methods=('gate',)", "must name easy_ep"),
+        ("evaluate.random_draws=0", r"evaluate\.random_draws and calibrate\.samples"),
+        ("select.mix=False", r"prune\.domains names 'mix'"),
         ("calibrate.answers=mine", r"calibrate\.answers='mine' must be one of own, gold, none"),
         ("prune.keep=5", r"prune\.keep=5 must be one of select\.keep"),
         ("data.files=('a=b.jsonl',)", r"data\.files goes with data\.source=files"),
