@@ -235,7 +235,7 @@ def saliency_flow(
     that. Raises ValueError naming the layer where a gradient is not finite.
     """
     parts = []
-    config = config.replace(remat=True)
+    config = config.replace(remat="block")
     for tokens, labels, positions, targets in batches:
         tokens = check_tokens(tokens, config)
         labels = _check_labels(labels, tokens, names)

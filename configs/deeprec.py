@@ -86,7 +86,7 @@ def _base() -> ConfigDict:
     c.model.head_dim = 32
     c.model.ffn_dim = 256
     c.model.dtype = "float32"
-    c.model.remat = False  # recompute blocks in the backward pass; for large models
+    c.model.remat = "none"  # "block" recomputes blocks in the backward pass, for large models; "products" part of it
     c.model.lora_rank = 0  # above 0: train changes of this rank, merged when a stage is done; all else stays frozen
     c.model.lora_on = ("wq", "wk", "wv", "wo")  # beside these matrices, by their names in models/params.py
     c.model.lora_alpha = 16.0  # a change counts lora_alpha / lora_rank
@@ -222,7 +222,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
              "patience": 10, "max_phrases": 6, "holdout": 0}
         )  # fmt: skip
         c.baselines.update({"dropout": (0.2, 0.5), "lr": 1e-3, "batch_size": 2048, "epochs": 300, "patience": 10})
-        c.model.update({"dtype": "bfloat16", "remat": True})
+        c.model.update({"dtype": "bfloat16", "remat": "block"})
         c.env.update(
             {"results": 20, "max_calls": 8, "history": 20, "exclude_history": False, "exclude_seen": False,
              "instructions": True, "result_categories": True}

@@ -53,7 +53,7 @@ def get_config(variant: str = "qwen3_8b_grpo") -> ConfigDict:
     c.model.fields = ConfigDict(_QWEN3_8B)
     c.model.dtype = "bfloat16"  # of activations
     c.model.weights = "float32"  # as the trainer holds them; Adam's moments are as wide
-    c.model.remat = True  # recompute blocks in the backward pass
+    c.model.remat = "block"  # recompute blocks in the backward pass
     c.model.moe_form = "auto"  # how experts are run, see models.moe
 
     c.rl = ConfigDict()  # see rl.GRPOConfig

@@ -192,12 +192,13 @@ def _of_training(
         (out["state_bytes"],
          "weights and Adam's moments: raise config.mesh.fsdp (data copies them) or tensor, or take more chips"),
     ]  # fmt: skip
-    if update and c.remat:
+    if update and c.remat == "block":
         inputs = f"inputs of {c.layers} layers: {fewer}lower config.rollout.max_total"
         suspects.append((c.layers * tokens * c.dim * width, inputs))
     elif update:
         a_layer = tokens * (10 * c.dim + 3 * c.ffn_dim * max(1, c.top_k) / tensor) * width + 1.5 * scores
-        suspects.append((c.layers * a_layer, "activations of all layers: set --config.model.remat=True"))
+        kept = 0.5 if c.remat == "products" else 1.0
+        suspects.append((kept * c.layers * a_layer, "activations of all layers: set --config.model.remat=block"))
     if update and g.micro_batches > 1:
         suspects.append((out["state_bytes"] / 3, "sum of gradients in float32: as for the weights"))
     return suspects

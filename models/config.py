@@ -24,9 +24,10 @@ FAMILIES: dict[str, dict[str, object]] = {
 }  # fmt: skip
 MLA_FAMILIES = ("deepseek_v2", "deepseek_v3")
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "olmoe", *MLA_FAMILIES)
-MOE_FORMS = ("auto", "dense", "block", "ragged", "kernel")
+MOE_FORMS = ("auto", "dense", "block", "ragged", "kernel", "triton")
 MASK_MODES = ("mask_first", "group_then_mask", "official_zero_fill", "drop")
 ACTIVATIONS = ("silu", "gelu_tanh")
+REMAT = ("none", "block", "products")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +128,16 @@ class Config:
     lora_rank: int = 0
     lora_on: tuple[str, ...] = ("wq", "wk", "wv", "wo")
     lora_alpha: float = 16.0
-    remat: bool = False  # recompute each block in the backward pass: memory of one block instead of L
+    # What the backward pass recomputes instead of keeping it: "none"; "block", all of a block: memory of one block
+    # instead of L; "products", all but the results of products with weights: little work for about half the memory.
+    remat: str = "none"
 
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ValueError(f"unknown family {self.family!r}; known: {', '.join(FAMILIES)}")
         self._check_ranges()
+        if self.remat not in REMAT:
+            raise ValueError(f"remat must be one of {', '.join(REMAT)}, not {self.remat!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
         if self.moe_form not in MOE_FORMS:

@@ -1,9 +1,10 @@
-"""Mixture-of-experts layers: routing with experts that can be masked, and four dropless ways to run the experts.
+"""Mixture-of-experts layers: routing with experts that can be masked, and five dropless ways to run the experts.
 
 ``dense`` runs every expert on every token and is the reference. ``block`` sorts the (token, choice) pairs by expert and
 runs them in blocks of one expert each: its work grows with top-k, not with the number of experts; the default on CPU.
-``ragged`` is the same with ``lax.ragged_dot``, ``kernel`` with a Pallas kernel for TPUs; these are the defaults on GPU
-and TPU. All agree to rounding in values and gradients. Under a mesh each device runs its own experts by any of them.
+``ragged`` is the same with ``lax.ragged_dot``, ``kernel`` with a Pallas kernel for TPUs, ``triton`` with one for GPUs;
+the last two are the defaults there. All agree to rounding in values and gradients. Under a mesh each device runs its
+own experts by any of them.
 
 Letters: M tokens, E experts, k choices per token, D width, F feed-forward width of one expert.
 """
@@ -17,6 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from models.config import Config
+from models.grouped import grouped_product
 from models.linear import Adapted, Quantized, dense
 from models.mlp import mlp
 from models.params import Params
@@ -193,6 +195,11 @@ def _kernel(x, gate, up, down, index):
     return _grouped(x, gate, up, down, index, lambda a, w, sizes: run(a, w, sizes, a.dtype))
 
 
+def _triton(x, gate, up, down, index):
+    """With our own grouped product: on GPUs ``lax.ragged_dot`` multiplies every row with every expert."""
+    return _grouped(x, gate, up, down, index, grouped_product)
+
+
 def block_size(tokens: int, top_k: int, experts: int) -> int:
     """Rows per block: about the pairs that an expert gets, between 8 and 128, a power of two."""
     share = max(1, tokens * top_k // experts)
@@ -230,7 +237,7 @@ def _block(x, gate, up, down, index):
     return out.at[slots].get(mode="fill", fill_value=0).reshape(M, k, -1)
 
 
-_FORMS = {"dense": _dense, "block": _block, "ragged": _ragged, "kernel": _kernel}
+_FORMS = {"dense": _dense, "block": _block, "ragged": _ragged, "kernel": _kernel, "triton": _triton}
 
 
 def _form(config: Config, pairs: int) -> str:
@@ -239,7 +246,7 @@ def _form(config: Config, pairs: int) -> str:
         return config.moe_form
     if platform() == "tpu" and pairs % 128 == 0:
         return "kernel"
-    return "block" if platform() == "cpu" else "ragged"
+    return {"cpu": "block", "gpu": "triton"}.get(platform(), "ragged")
 
 
 def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
@@ -317,7 +324,9 @@ def _spread(x, matrices, index, weights, config: Config, mesh, rows: tuple[str, 
     out_specs = PartitionSpec(rows or None, None, None, *([None] if weights is None else []))
     in_specs = (*[by_token] * (2 + len(extra)), *specs)
     # A kernel does not say over which axes its results differ.
-    spread = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=form != "kernel")
+    spread = jax.shard_map(
+        local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=form not in ("kernel", "triton")
+    )
     out = spread(x, index.reshape(B, T, -1), *extra, *matrices)
     return out.reshape(-1, *out.shape[2:])
 

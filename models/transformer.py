@@ -15,7 +15,7 @@ from flax import struct
 
 from models.attention import Look, attention, softcap
 from models.config import Config
-from models.linear import Adapted, Matrix, Quantized, dense, product, product_out_in
+from models.linear import Adapted, Matrix, Quantized, dense, product, product_float32, product_out_in
 from models.mlp import mlp
 from models.moe import check_expert_mask, moe
 from models.params import Params, stacks
@@ -147,7 +147,7 @@ def unembed(params: Params, config: Config, hidden: jax.Array) -> jax.Array:
         scale = head.scale.reshape(-1) if isinstance(head, Quantized) else None
         head = head.values if isinstance(head, Quantized) else dense(head)
         head = head.T if turned else head
-        logits = jnp.einsum("...d,dv->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = product_float32(hidden, head.astype(hidden.dtype))
         return softcap(logits if scale is None else logits * scale, config.final_softcap)
 
 
@@ -243,7 +243,9 @@ def forward(
             x = block(x, layer, rope, functools.partial(_attend_full, look=seen, config=config), config, taps)
             return x, taps.finish()
 
-        step = jax.checkpoint(step) if config.remat else step
+        if config.remat != "none":
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "products" else None
+            step = jax.checkpoint(step, policy=keep)
         x, records = jax.lax.scan(step, x, (layers, hooks, slides), unroll=count if unrolled else 1)
         for site, values in records.items():
             parts.setdefault(site, []).append(values)

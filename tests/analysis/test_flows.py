@@ -150,7 +150,7 @@ def test_long_prompts_make_no_square_array_and_equal_the_whole_form(monkeypatch)
     labels = RNG.integers(-1, 4, (1, T))
     batch = (tokens, labels, np.array([[T - 1]]), np.array([[7]]))
     step = lambda *a: flows._saliency_step.__wrapped__(  # noqa: E731
-        params, *a, config=config.replace(remat=True), count=4
+        params, *a, config=config.replace(remat="block"), count=4
     )
     assert not square_buffers(step, *batch, T=T)
     blocks = attention_flow(params, config, [batch[:2]]), saliency_flow(params, config, [batch])

@@ -119,7 +119,7 @@ def test_a_config_of_a_run_is_planned_with_its_own_settings(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     spec = "deeprec:paper"
     work = plan.workload(resolve_config(spec, [f"--config.model.path={tmp_path}"]), spec)
-    assert (work.model.dim, work.model.dtype, work.model.remat) == (4096, "bfloat16", True)
+    assert (work.model.dim, work.model.dtype, work.model.remat) == (4096, "bfloat16", "block")
     assert (work.grpo.micro_batches, work.grpo.minibatches, work.rows) == (64, 2, 1024)
     assert (work.weights, work.max_total, work.truncate) == ("float32", 16384, True)
     assert work.programs == ("update", "decode")
@@ -187,8 +187,9 @@ def test_loops_count_as_often_as_they_run():
 
 def test_flops_of_a_sharded_training_step_are_shared(key):
     config = models.Config(
-        vocab_size=64, dim=32, layers=6, heads=4, kv_heads=2, head_dim=8, ffn_dim=48, remat=True, tie_embeddings=False
-    )
+        vocab_size=64, dim=32, layers=6, heads=4, kv_heads=2, head_dim=8, ffn_dim=48, tie_embeddings=False,
+        remat="block",
+    )  # fmt: skip
     mesh = models.make_mesh(**MESH)
 
     def loss(params, tokens):

@@ -211,7 +211,7 @@ def test_the_tpu_kernel_compiles_ahead_of_time(axes):
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     mesh = models.make_mesh(**axes, devices=devices)
-    config = CONFIG.replace(heads=4, kv_heads=2, head_dim=128, dim=256, dtype="bfloat16", remat=True)
+    config = CONFIG.replace(heads=4, kv_heads=2, head_dim=128, dim=256, dtype="bfloat16", remat="block")
     params = models.abstract(config, "float32", mesh)
     tokens = jax.ShapeDtypeStruct((4, 2048), jnp.int32)
     with models.use_mesh(mesh):

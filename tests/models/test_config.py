@@ -27,6 +27,7 @@ def test_config_is_frozen_hashable_and_validated_on_replace():
         ({"head_dim": 5}, "must be even"),
         ({"dtype": "float16"}, "dtype"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"remat": True}, "remat must be one of none, block, products, not True"),
     ],
 )
 def test_bad_values_are_named(change, named):

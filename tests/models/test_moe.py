@@ -36,7 +36,8 @@ def run(layer, x, form: str):
 
 
 @pytest.mark.parametrize(
-    ("form", "tokens"), [("block", 1), ("block", 150), ("ragged", 1), ("ragged", 150), ("kernel", 128)]
+    ("form", "tokens"),
+    [("block", 1), ("block", 150), ("ragged", 1), ("ragged", 150), ("kernel", 128), ("triton", 1), ("triton", 150)],
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_every_form_agrees_with_dense(form, tokens, masked, key):
@@ -136,7 +137,8 @@ def test_sharded_experts_agree_with_one_device(axes, name):
 @pytest.mark.parametrize(
     ("axes", "form", "rows"),
     [*[(axes, "block", 8) for axes in MESHES], (MESHES[0], "block", 3), (MESHES[2], "block", 3),
-     (MESHES[1], "ragged", 8), (MESHES[2], "ragged", 8), (MESHES[2], "dense", 8), (MESHES[2], "kernel", 8)],
+     (MESHES[1], "ragged", 8), (MESHES[2], "ragged", 8), (MESHES[2], "dense", 8), (MESHES[2], "kernel", 8),
+     (MESHES[2], "triton", 8)],
 )  # fmt: skip
 def test_values_and_gradients_under_a_mesh(axes, form, rows, key):
     config = CONFIG.replace(experts=8, top_k=3, moe_form=form)

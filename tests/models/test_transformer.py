@@ -1,5 +1,7 @@
 """The decoder's parts by hand, and what padding, packing, windows and recomputation must not change."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import models
 from models import Config
 from models.attention import Look, attention
+from models.linear import product_float32
 from models.taps import Taps
 from models.transformer import apply_rope, forward, rms_norm, rope_table, unembed
 
@@ -96,14 +99,31 @@ def test_a_sliding_window_limits_what_a_token_sees(params, rng):
     assert (difference[[0, 1, 5, 6, 7]] == 0).all()
 
 
-def test_recomputation_gives_the_same_gradients(params, rng):
+@pytest.mark.parametrize("remat", ["block", "products"])
+def test_recomputation_gives_the_same_gradients(remat, params, rng):
     tokens = _tokens(rng, 2, 6)
 
     def loss(params, config):
         return jnp.mean(forward(params, config, tokens).logits ** 2)
 
-    plain, again = (jax.jit(jax.grad(loss), static_argnums=1)(params, CONFIG.replace(remat=r)) for r in (False, True))
+    plain, again = (jax.jit(jax.grad(loss), static_argnums=1)(params, CONFIG.replace(remat=r)) for r in ("none", remat))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, again)
+
+
+def test_logits_in_half_precision_send_back_a_rounded_gradient(rng):
+    """Value in float32 and both gradients in the dtype of the operands, as close to float32's as that dtype is."""
+    x, w, g = (jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in ((2, 5, 16), (16, 40), (2, 5, 40)))
+    out, back = jax.vjp(product_float32, x, w)
+    dx, dw = back(g.astype(jnp.float32))
+    assert (out.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
+    wide = [a.astype(jnp.float32) for a in (x, w, g)]
+    np.testing.assert_allclose(out, wide[0] @ wide[1], atol=1e-4)
+    np.testing.assert_allclose(dx.astype(jnp.float32), wide[2] @ wide[1].T, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(
+        dw.astype(jnp.float32), jnp.einsum("btd,btv->dv", wide[0], wide[2]), rtol=1e-2, atol=1e-2
+    )
+    text = jax.jit(jax.grad(lambda x, w: product_float32(x, w).sum(), argnums=(0, 1))).lower(x, w).as_text()
+    assert not re.search(r"dot_general.*\(tensor<[0-9x]*f32>", text)  # no product of float32
 
 
 def test_the_head_can_be_left_out(params, rng):

@@ -107,7 +107,7 @@ def test_the_papers_switches_stand(checkpoint, data):
     assert (c.env.results, c.env.max_calls, c.env.history, c.env.answers) == (20, 8, 20, 10)
     assert (c.env.exclude_history, c.env.exclude_seen, c.env.instructions) == (False, False, True)
     assert (c.cold_start.steps, c.rollout.top_p, c.rl.minibatches, c.rl.kl_coef) == (0, 0.95, 2, 0.0)
-    assert (c.model.dtype, c.model.remat, c.rl.clip_low, c.rl.clip_high) == ("bfloat16", True, 0.2, 0.28)
+    assert (c.model.dtype, c.model.remat, c.rl.clip_low, c.rl.clip_high) == ("bfloat16", "block", 0.2, 0.28)
     released = resolve_config("deeprec:paper")
     assert (released.rl.lr, released.rl.prompts_per_step, released.rl.group_size) == (1e-6, 128, 8)
     assert (released.rollout.max_prompt, released.rollout.max_total, released.rollout.max_new) == (4096, 16384, 2048)
@@ -120,7 +120,7 @@ def test_one_rollout_from_the_folder(checkpoint, data, tmp_path: Path):
     this = deeprec.Run(c, 0, tmp_path, deeprec.config_task(c.data, c.text, 0), None)
     deeprec.check_task(this)
     model = this.load(checkpoint)
-    assert (model.config.dtype, model.config.remat) == ("bfloat16", True)
+    assert (model.config.dtype, model.config.remat) == ("bfloat16", "block")
     assert model.params["embed"].dtype == jnp.float32
     for tag in TAGS:
         assert len(model.tokenizer.encode(tag)) > 1
