@@ -30,7 +30,7 @@ lint: $(STAMP)-test
 	$(BIN)/python -m ruff check .
 
 bench: $(STAMP)-bench
-	@set -e; for script in $(or $(wildcard tests/bench/*.py),$(error there is nothing in tests/bench yet)); do \
+	@set -e; for script in $(or $(filter-out %/gpu.py,$(wildcard tests/bench/*.py)),$(error there is nothing in tests/bench yet)); do \
 		echo "== $$script"; $(BIN)/python $$script; done
 
 notebook: $(STAMP)-test
