@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -115,3 +118,23 @@ RECIPES = {
 def built() -> tuple[str, ...]:
     """Names of the systems that can be run."""
     return tuple(name for name, system in SYSTEMS.items() if system.built)
+
+
+def by_seed(
+    recipe: Mapping[str, Callable[[Any], Any]], stages: Sequence[str], seeds: Sequence[int], workdir: Path,
+    start: Callable[[int, Path], Any],
+) -> list[Any]:  # fmt: skip
+    """Run those of a recipe's stages that are in ``stages``, in the recipe's order, for one seed after the other.
+
+    start(seed, folder) gives what the stages take; of several seeds each has a folder of its own. Returns what the last
+    stage of the recipe made, by seed; empty without it.
+    """
+    results, last = [], list(recipe)[-1]
+    for seed in seeds:
+        this = start(seed, workdir / f"seed{seed}" if len(seeds) > 1 else workdir)
+        for name, stage in recipe.items():
+            if name in stages:
+                made = stage(this)
+                if name == last:
+                    results.append(made)
+    return results

@@ -24,7 +24,7 @@ from jaxrec.config import UsageError, write_atomic
 from jaxrec.convert import read_expert_mask, write_expert_mask
 from jaxrec.data.demonstrations import Demonstration, read_demonstrations
 from jaxrec.evaluate import experts as judging
-from jaxrec.systems import world_lm
+from jaxrec.systems import by_seed, world_lm
 from jaxrec.tools.world_model import arrays, encode
 from jaxrec.world.texts import Sample
 from models.generation import generate_tokens, pad_rows
@@ -290,13 +290,5 @@ def run(config: Any, workdir: Path, stages: Sequence[str]) -> dict[str, Any] | N
     sizes = config.mesh.to_dict()
     mesh = make_mesh(**sizes) if set(sizes.values()) != {1} else None
     recipe = {"calibrate": calibrate, "select": select, "prune": prune, "evaluate": evaluate}
-    results = []
-    for seed in config.seeds:
-        folder = workdir / f"seed{seed}" if len(config.seeds) > 1 else workdir
-        this = Run(config, seed, folder, mesh)
-        for stage in STAGES:
-            if stage in stages:
-                done = recipe[stage](this)
-                if stage == "evaluate":
-                    results.append(done)
+    results = by_seed(recipe, stages, config.seeds, workdir, lambda seed, folder: Run(config, seed, folder, mesh))
     return judging.pool(config, results, workdir) if results else None

@@ -27,7 +27,7 @@ from jaxrec.data import conflicts
 from jaxrec.data.conflicts import Item, counted_tokens, encode_prompts
 from jaxrec.evaluate import kape as judging
 from jaxrec.evaluate.kape import Off
-from jaxrec.systems import world_lm
+from jaxrec.systems import by_seed, world_lm
 from jaxrec.tools.world_model import arrays
 from jaxrec.world.encyclopaedia import Fact
 from jaxrec.world.texts import DOMAINS, Sample, Texts
@@ -403,12 +403,5 @@ def run(config: Any, workdir: Path, stages: Sequence[str]) -> dict[str, Any] | N
     """Run ``stages`` for every seed; with "report", returns the result that is also in result.json."""
     check(config)
     recipe = {"collect": collect, "identify": identify, "intervene": intervene, "report": report}
-    results = []
-    for seed in config.seeds:
-        this = Run(config, seed, workdir / f"seed{seed}" if len(config.seeds) > 1 else workdir)
-        for stage in STAGES:
-            if stage in stages:
-                done = recipe[stage](this)
-                if stage == "report":
-                    results.append(done)
+    results = by_seed(recipe, stages, config.seeds, workdir, lambda seed, folder: Run(config, seed, folder))
     return judging.pool(config, results, workdir) if results else None

@@ -16,14 +16,6 @@ from jaxrec.systems import easy_ep, world_lm
 SPEC = "easy_ep:tiny"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The base model is made once for this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXREC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("easy_ep")

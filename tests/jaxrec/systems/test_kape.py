@@ -18,14 +18,6 @@ SPEC = "kape:tiny"
 LAYERS, WIDTH = 2, 32
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """The base model is made once for this module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAXREC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kape")
