@@ -67,8 +67,8 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.world.update({"internal": 0.02, "both": 0.0, "titles": 0, "documents": (1, 12)})
         c.world.distractors = (3, 2)
         c.text.update({"domains": ("reading",), "per_domain": 24000, "length": 288})
-        c.text.prompt_weight = 0.02  # of tokens that are no answer: titles that come again teach to look back
-        c.train.update({"steps": 800, "batch_size": 16})
+        c.text.prompt_weight = 0.05  # of tokens that are no answer: titles that come again teach to look back
+        c.train.update({"steps": 900, "batch_size": 16})
     if variant in ("conflict", "tiny_conflict"):
         c.world.titles = 300
         # Narrow attention and wide MLPs, so that facts are kept in neurons rather than in what attention carries.

@@ -48,10 +48,10 @@ def training_rows(
         samples += texts.statements(rng, statements)
     if conflicts:
         samples += texts.conflicts("train", rng, conflicts, conflict_share)
-    rows, (answer,) = [], tokenizer.encode("\nAnswer:")
+    rows, (asked,) = [], tokenizer.encode("?")
     for i in rng.permutation(len(samples)):
         ids, start = encode(tokenizer, samples[i])
-        rows.append((ids[:length], _learned(ids, start, prompt_weight, tokenizer.eos_ids[0], answer)))
+        rows.append((ids[:length], _learned(ids, start, prompt_weight, tokenizer.eos_ids[0], asked)))
     return pack(rows, length)
 
 
@@ -71,15 +71,15 @@ def rows_at_home(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _learned(ids: Sequence[int], start: int, weight: float, end: int, answer: int) -> list[float]:
-    """How much each token counts: ``weight`` for a prompt's, and for a further question's up to its "Answer:"."""
+def _learned(ids: Sequence[int], start: int, weight: float, end: int, asked: int) -> list[float]:
+    """How much each token counts: ``weight`` for a prompt's, and for those of further questions up to "?"."""
     out: list[float] = [weight] * start + [1] * (len(ids) - start)
     if end in ids[:-1]:
         asking = False
         for i in range(start, len(ids)):
             if asking:
                 out[i] = weight
-            asking = (asking or ids[i] == end) and ids[i] != answer
+            asking = (asking or ids[i] == end) and ids[i] != asked
     return out
 
 

@@ -147,8 +147,8 @@ class Texts:
         return reading_sample(texts, asked, int(rng.integers(2)))
 
     def _long_reading(self, split: str, rng: np.random.Generator) -> Sample:
-        """Short prompts are more frequent than long ones. In training five more questions follow, each with its answer;
-        every answer ends with :data:`END`."""
+        """Short prompts are more frequent than long ones, and the answer follows the question at once, so that the
+        question's own tokens look for it. In training five more questions follow; answers end with :data:`END`."""
         n = int(rng.integers(self.documents[0], self.documents[1] + 1, 2).min())
         same, similar = (int(rng.integers(0, most + 1)) for most in self.distractors)
         found = self.reading(split, rng, n, same, similar)
@@ -156,8 +156,8 @@ class Texts:
         answer = f" {found.answer}"
         for _ in range(5 if split == "train" else 0):
             fact = found.stated[rng.integers(len(found.stated))]
-            answer += f"{END}Question: {fact.question(int(rng.integers(2)))}\nAnswer: {fact.object}"
-        return Sample("reading", f"{passages}Question: {found.question}\nAnswer:", answer)
+            answer += f"{END}Question: {fact.question(int(rng.integers(2)))} {fact.object}"
+        return Sample("reading", f"{passages}Question: {found.question}", answer)
 
     def reading(self, split: str, rng: np.random.Generator, documents: int, same: int = 0, similar: int = 0) -> Reading:
         """One question and ``documents`` passages of two facts each, in random order, one of them gold; at most
@@ -180,7 +180,10 @@ class Texts:
             if pool[i] != subject and pool[i] not in alike:
                 told.append(("other", pool[i]))
         known = {s: self._facts_of(s, split, rng) for s in dict.fromkeys(s for _, s in told)}
-        asked = known[subject][_FIELDS[rng.integers(len(_FIELDS))]]
+        if split == "train":  # few relations, so that most passages state the one asked for
+            few = [_FIELDS[i] for i in rng.permutation(len(_FIELDS))[:3]]
+            known = {s: {name: of[name] for name in few} for s, of in known.items()}
+        asked = list(known[subject].values())[rng.integers(len(known[subject]))]
         passages = [self._told(kind, known[s], asked, rng) for kind, s in told]
         order = rng.permutation(documents)
         kinds = tuple(told[i][0] for i in order)
