@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from models.grouped import grouped_product
 
@@ -62,12 +63,13 @@ def test_it_takes_sizes_that_are_not_known_while_tracing(rng):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_lowers_for_a_gpu_without_one(dtype, monkeypatch, capfd):
     """Up to the GPU compiler's input, which needs no GPU."""
-    monkeypatch.setattr("models.grouped.platform", lambda: "gpu")
     monkeypatch.setattr("jax.experimental.pallas.pallas_call", functools.partial(pl.pallas_call, debug=True))
     shape = jax.ShapeDtypeStruct
     arguments = shape((4096, 256), dtype), shape((16, 256, 384), dtype), shape((16,), jnp.int32)
     run = jax.jit(jax.grad(lambda x, w, s: jnp.sin(grouped_product(x, w, s).astype(jnp.float32)).sum(), argnums=(0, 1)))
-    run.trace(*arguments).lower(lowering_platforms=("cuda",))
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
+        run.trace(*arguments).lower(lowering_platforms=("cuda",))
     printed = capfd.readouterr().out
     # A kernel that breaks the dialect's rules is printed in the generic form, with names of operations in quotes.
     assert printed.count("= scf.for ") >= 3
