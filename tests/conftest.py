@@ -1,4 +1,4 @@
-"""Eight emulated CPU devices and a persistent compilation cache for the whole session, plus shared fixtures."""
+"""Eight emulated CPU devices, quick compilation and a cache of it for the whole session, plus shared fixtures."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if not wants_accelerator:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)
+    if not re.search(r"(?<!not )\b(slow|parity|real_data|gpu|tpu)\b", marks):
+        # The default tests spend most of their time in the compiler; without its expensive passes they take two thirds
+        # of it. The tests that a mark chooses (parity, real_data, slow) run what users run.
+        jax.config.update("jax_disable_most_optimizations", True)
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_ROOT / ".pytest_cache" / "jax")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

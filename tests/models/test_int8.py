@@ -58,7 +58,9 @@ def conversation(model, fuse=True, int8=False, cache=False):
 # Random tiny models are harder than trained ones: their rows of eight to sixteen weights give rounding nothing to
 # average over. Measured, as the root mean square of the change over that of the logits: .02 to .11 for weights in eight
 # bits (most where a token's experts change), .007 to .05 for the cache.
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "qwen3_moe")), "deepseek_v3"]
+)
 def test_a_conversation_stays_close(name):
     model = models.load(FIXTURES / name)
     exact = conversation(model)

@@ -325,7 +325,7 @@ def test_sites_are_those_of_the_model(key):
         models.forward(params, CONFIG, tokens, record=("mlp.act",))
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("name", [pytest.param("qwen3_moe", marks=pytest.mark.slow), "deepseek_v3"])
 def test_a_samplers_routing_can_be_repeated(name):
     """A trainer whose router has moved since takes the sampler's experts where it is told to."""
     model = models.load(FIXTURES / name)
