@@ -2,7 +2,7 @@
 
 jaxrec plan --config=plan:qwen3_8b_grpo --topology=v5e:16x16
 jaxrec plan --config=plan:qwen3_30b_a3b_grpo --topology=v6e:16x16
-jaxrec plan --config=plan:deepseek_v3_decode --topology=v5p:4x8x8
+jaxrec plan --config=plan:deepseek_v3_decode --topology=v5p:8x8x8
 """
 
 from ml_collections import ConfigDict
