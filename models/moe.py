@@ -206,6 +206,43 @@ def block_size(tokens: int, top_k: int, experts: int) -> int:
     return min(128, max(8, 1 << (share - 1).bit_length()))
 
 
+@jax.custom_vjp
+def _run_blocks(rows, owner, used, matrices):
+    """Blocks of rows [blocks, size, D], each through the expert that owns it; rows of an unused block are 0.
+
+    Left to itself, the backward pass would add a gradient of all experts' matrices in every step of the loop.
+    """
+
+    def run(rows, e):
+        return _expert(rows, *(w[e].astype(rows.dtype) for w in matrices), jnp.matmul)
+
+    def step(_, block):
+        rows, e, used = block
+        return None, jax.lax.cond(used, run, lambda rows, e: rows, rows, e)
+
+    return jax.lax.scan(step, None, (rows, owner, used))[1]
+
+
+def _run_blocks_forward(rows, owner, used, matrices):
+    return _run_blocks(rows, owner, used, matrices), (rows, owner, matrices)
+
+
+def _run_blocks_backward(kept, g):
+    rows, owner, matrices = kept
+
+    def step(_, block):
+        rows, e, g = block
+        own = tuple(w[e].astype(rows.dtype) for w in matrices)
+        return None, jax.vjp(lambda rows, *own: _expert(rows, *own, jnp.matmul), rows, *own)[1](g)
+
+    d_rows, *d_own = jax.lax.scan(step, None, (rows, owner, g))[1]
+    sums = (jax.ops.segment_sum(d, owner, len(w), indices_are_sorted=True) for d, w in zip(d_own, matrices))
+    return d_rows, None, None, tuple(d.astype(w.dtype) for d, w in zip(sums, matrices))
+
+
+_run_blocks.defvjp(_run_blocks_forward, _run_blocks_backward)
+
+
 def _block(x, gate, up, down, index):
     (M, k), E = index.shape, gate.shape[0]
     size = block_size(M, k, E)
@@ -225,15 +262,7 @@ def _block(x, gate, up, down, index):
     rows = jnp.where((token < M)[:, None], x[jnp.minimum(token, M - 1)], 0).reshape(blocks, size, -1)
     owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks) * size, side="right"), E - 1)
     used = jnp.arange(blocks) * size < ends[-1]
-
-    def run(rows, e):
-        return _expert(rows, *(w[e].astype(rows.dtype) for w in (gate, up, down)), jnp.matmul)
-
-    def step(_, block):
-        rows, e, used = block
-        return None, jax.lax.cond(used, run, lambda rows, e: rows, rows, e)  # rows of an unused block are 0
-
-    out = jax.lax.scan(step, None, (rows, owner, used))[1].reshape(blocks * size, -1)
+    out = _run_blocks(rows, owner, used, (gate, up, down)).reshape(blocks * size, -1)
     return out.at[slots].get(mode="fill", fill_value=0).reshape(M, k, -1)
 
 
