@@ -129,7 +129,7 @@ class Config:
     lora_on: tuple[str, ...] = ("wq", "wk", "wv", "wo")
     lora_alpha: float = 16.0
     # What the backward pass recomputes instead of keeping it: "none"; "block", all of a block: memory of one block
-    # instead of L; "products", all but the results of products with weights: little work for about half the memory.
+    # instead of L; "products", all but the results of products with weights: between the two in work and memory.
     remat: str = "none"
 
     def __post_init__(self):
