@@ -8,6 +8,7 @@ where the released evaluations let nothing match nothing. Multiply means by 100 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import string
 from collections import Counter
@@ -114,6 +115,32 @@ def token_f1(
         return _f1(said, alias)
 
     return _best(prediction, answers, normalization, score)
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How answers are compared: the normalisation, the cover form, and whether F1 follows the rule of yes and no."""
+
+    normalization: str = "squad"
+    cover: str = "run"
+    yes_no: bool = False
+
+    def __post_init__(self):
+        normalize_answer("", self.normalization)
+        cover_em("", "", self.cover)
+
+
+SIMPLE_DEEP_SEARCHER = Protocol()  # arXiv 2505.16834 section 9, cover on whole words
+R1_SEARCHER = Protocol("r1_searcher", "run", True)  # arXiv 2505.17005 section 9; its own evaluation covers by "tokens"
+
+
+def score_answer(prediction: str, answers: str | Sequence[str], protocol: Protocol) -> dict[str, float]:
+    """{"em", "cover", "f1"} of a prediction, each the best over the answers."""
+    return {
+        "em": exact_match(prediction, answers, protocol.normalization),
+        "cover": cover_em(prediction, answers, protocol.cover, protocol.normalization),
+        "f1": token_f1(prediction, answers, protocol.normalization, protocol.yes_no),
+    }
 
 
 def command_spans(text: str, command: str) -> list[tuple[int, int]]:

@@ -1,0 +1,151 @@
+"""Search trajectories as curation and evaluation read them, whoever wrote them: a policy in training or a teacher."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrec.config import write_atomic
+from jaxrec.evaluate.answers import Protocol, command_spans, last_boxed, score_answer
+
+AUTHORS = ("policy", "tool")
+
+
+@dataclasses.dataclass(frozen=True)
+class TagStyle:
+    """The four tags of a search agent: a query's, which the policy writes, and a result's, which only the tool may."""
+
+    query_open: str = "<|begin_search_query|>"
+    query_close: str = "<|end_search_query|>"
+    result_open: str = "<|begin_search_result|>"
+    result_close: str = "<|end_search_result|>"
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        return (self.query_open, self.query_close, self.result_open, self.result_close)
+
+
+SEARCH_TAGS = TagStyle()
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """One executed search: urls (or ids) and texts of the pages that came back. failed: the backend gave an error."""
+
+    query: str
+    urls: tuple[str, ...] = ()
+    passages: tuple[str, ...] = ()
+    failed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """What followed a prompt. id: of the question. segments: (author, text) in order; "tool" wrote results and notices.
+    searches: executed ones only; notices that no more are allowed, or that a query was asked before, are none.
+    reason: why it ended. metrics: see :func:`scored`. output: the raw text, where it is known apart from the segments.
+
+    Raises ValueError for no segment by the policy, an unknown author, and segments that do not give ``output`` byte for
+    byte.
+    """
+
+    id: str
+    segments: tuple[tuple[str, str], ...]
+    searches: tuple[Search, ...] = ()
+    reason: str = ""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    prompt: str = ""
+    output: str | None = None
+
+    def __post_init__(self):
+        if not any(author == "policy" for author, _ in self.segments):
+            raise ValueError(f"rollout of question {self.id!r}: no segment is by the policy")
+        for author, text in self.segments:
+            if author not in AUTHORS or not isinstance(text, str):
+                raise ValueError(f"rollout of question {self.id!r}: a segment is by 'policy' or 'tool', not {author!r}")
+        if self.output is not None:
+            check_reproduces(self.text, self.output, f"rollout of question {self.id!r}")
+
+    @property
+    def text(self) -> str:
+        return "".join(text for _, text in self.segments)
+
+    @property
+    def policy(self) -> tuple[str, ...]:
+        """What the policy wrote, turn by turn."""
+        return tuple(text for author, text in self.segments if author == "policy")
+
+    @property
+    def search_count(self) -> int:
+        return len(self.searches)
+
+    @property
+    def prediction(self) -> str:
+        r"""The last ``\boxed{...}`` that the policy wrote within one turn; "" where there is none."""
+        boxed = [text for text in self.policy if command_spans(text, r"\boxed")]
+        return last_boxed(boxed[-1]) if boxed else ""
+
+
+def check_reproduces(joined: str, output: str, where: str) -> None:
+    """Raise ValueError unless the joined segments are the output."""
+    if joined != output:
+        at = next((i for i, (a, b) in enumerate(zip(joined, output)) if a != b), min(len(joined), len(output)))
+        seen = f"{joined[at : at + 20]!r} instead of {output[at : at + 20]!r}"
+        raise ValueError(f"{where}: the segments do not reproduce the output: at character {at} they have {seen}")
+
+
+def scored(rollout: Rollout, answers: Sequence[str], protocol: Protocol) -> Rollout:
+    """The rollout with em, cover and f1 of its prediction."""
+    return dataclasses.replace(rollout, metrics=score_answer(rollout.prediction, answers, protocol))
+
+
+def last_query(text: str, tags: TagStyle) -> str:
+    """The stripped text of the last complete pair of query tags; "" where there is none. A begin tag inside the pair
+    begins it anew."""
+    head, _, _ = text.rpartition(tags.query_close)
+    _, opening, query = head.rpartition(tags.query_open)
+    return query.partition(tags.query_close)[0].strip() if opening else ""
+
+
+def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
+    """One JSON object a line, written whole or not at all."""
+    lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in rollouts)
+    write_atomic(Path(path), "".join(lines))
+
+
+def read_rollouts(path: str | Path) -> list[Rollout]:
+    """What :func:`write_rollouts` wrote. Raises ValueError naming file and line for anything else."""
+    return [_rollout(entry, where) for where, entry in json_lines(Path(path))]
+
+
+def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """("FILE:LINE", object) of a file of JSON objects, one a line. Raises ValueError naming the line that is none."""
+    out = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}:{number}: an object was expected, not {type(entry).__name__}")
+        out.append((f"{path}:{number}", entry))
+    return out
+
+
+def _rollout(entry: Mapping[str, Any], where: str) -> Rollout:
+    known = {field.name for field in dataclasses.fields(Rollout)}
+    try:
+        if unknown := entry.keys() - known:
+            raise ValueError(f"unknown field {min(unknown)!r}")
+        for field, kind in (("id", str), ("prompt", str), ("reason", str), ("metrics", dict)):
+            if not isinstance(entry[field], kind):
+                raise ValueError(f"field {field!r} is {entry[field]!r:.40}, not of type {kind.__name__}")
+        segments = tuple((author, text) for author, text in entry["segments"])
+        searches = tuple(
+            Search(s["query"], tuple(s["urls"]), tuple(s["passages"]), bool(s["failed"])) for s in entry["searches"]
+        )
+        return Rollout(**{**entry, "segments": segments, "searches": searches})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{where}: no rollout: {type(error).__name__}: {error!s:.300}") from error
