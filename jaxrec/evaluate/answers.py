@@ -143,6 +143,23 @@ def score_answer(prediction: str, answers: str | Sequence[str], protocol: Protoc
     }
 
 
+def short_cover_em(
+    prediction: str, answers: str | Sequence[str], protocol: Protocol = R1_SEARCHER, max_words: int = 10
+) -> float:
+    """Cover exact match of a prediction of at most ``max_words`` words, 0 for a longer one: the answer reward of
+    R1-Searcher++ (arXiv 2505.17005 section 4). Naming several answers still pays, see :func:`named_candidates`."""
+    if len(prediction.split()) > max_words:
+        return 0.0
+    return cover_em(prediction, answers, protocol.cover, protocol.normalization)
+
+
+def named_candidates(prediction: str, candidates: Sequence[str], normalization: str = "r1_searcher") -> int:
+    """How many different candidates a prediction names, as words in a row; two or more may be a hedge."""
+    different = {normalize_answer(candidate, normalization) for candidate in candidates} - {""}
+    said = normalize_answer(prediction, normalization)
+    return sum(_has_run(said, candidate) for candidate in different)
+
+
 def command_spans(text: str, command: str) -> list[tuple[int, int]]:
     r"""Where ``command{...}`` with matching braces stands, e.g. of ``\text``: (first character, one past the last), in
     the order of their beginnings. A brace after a backslash is none; what is never closed does not count."""

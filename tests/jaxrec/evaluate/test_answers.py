@@ -10,12 +10,18 @@ import pytest
 from jaxrec.evaluate.answers import (
     COVER_FORMS,
     NORMALIZATIONS,
+    R1_SEARCHER,
+    SIMPLE_DEEP_SEARCHER,
+    Protocol,
     command_spans,
     cover_em,
     exact_match,
     last_boxed,
+    named_candidates,
     normalize_answer,
     parse_verdict,
+    score_answer,
+    short_cover_em,
     sub_em,
     token_f1,
 )
@@ -187,6 +193,34 @@ def test_worked_examples_of_simple_deep_searcher():
     assert exact_match("artist", "The Art") == token_f1("artist", "The Art") == 0
     assert cover_em("new yorker york", "new york", "overlap") == 1  # a shared word is not the whole answer
     assert cover_em("new yorker york", "new york", "run") == 0
+
+
+def test_worked_examples_of_r1_searcher():
+    """arXiv 2505.17005: cover forms of section 9, and the answer reward's bound of ten words."""
+    for said, gold, tokens, run, substring in [
+        ("City of New York", "New York City", 1, 0, 0),
+        ("artist", "art", 0, 0, 1),
+    ]:
+        found = [cover_em(said, gold, form, "r1_searcher") for form in ("tokens", "run", "substring")]
+        assert found == [tokens, run, substring]
+    ten = "it was Ann of Oslo who wrote it in 1990"
+    assert len(ten.split()) == 10
+    assert short_cover_em(ten, ["Bob", "Ann"]) == 1
+    assert short_cover_em(f"{ten} then", ["Bob", "Ann"]) == 0
+    assert short_cover_em("City of New York", "New York City") == 0
+    assert short_cover_em("City of New York", "New York City", Protocol("r1_searcher", "tokens", True)) == 1
+    hedge = "Avatar Titanic Titanic Avatar"
+    assert short_cover_em(hedge, "Titanic") == 1
+    assert named_candidates(hedge, ["Titanic", "Avatar", "titanic!", "Alien", "The"]) == 2
+    assert named_candidates("Titanic", ["Titanic", "Avatar"]) == 1
+
+
+def test_protocols_score_by_their_rules():
+    said = "well-known: no"
+    assert score_answer(said, ["well known no"], SIMPLE_DEEP_SEARCHER) == {"em": 0, "cover": 0, "f1": 0.4}
+    assert score_answer(said, ["well known no"], R1_SEARCHER) == {"em": 1, "cover": 1, "f1": 1}
+    assert score_answer(said, ["no"], SIMPLE_DEEP_SEARCHER)["f1"] == pytest.approx(2 / 3)
+    assert score_answer(said, ["no"], R1_SEARCHER) == {"em": 0, "cover": 1, "f1": 0}
 
 
 def test_the_best_of_two_golds_for_each_score():
