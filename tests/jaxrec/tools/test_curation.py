@@ -314,8 +314,9 @@ def test_the_final_check_of_words_reads_the_policy_or_everything():
     assert final(tool, official_check=True) == ["too many 'alternatively' in all", "CJK characters"]
     assert final(tool, official_check=True, reject_cjk=False, path=False) == []
     turn = ("policy", "alternatively Alternatively " + QUERY.format("a"))
-    for turns, reasons in ((1, []), (2, ["too many 'alternatively' in all"])):  # never more than three in a turn
-        spread = Rollout("q", (*[turn, HISTORY[1]] * turns, HISTORY[2]), metrics=RIGHT)
+    for more, reasons in ((1, []), (2, ["too many 'alternatively' in all"])):  # never more than three in a turn
+        last = ("policy", "Alternatively, " * more + FINAL)
+        spread = Rollout("q", (turn, HISTORY[1], last), metrics=RIGHT)
         assert final(spread) == reasons
 
 
