@@ -301,9 +301,8 @@ def folder(variable: str) -> Path:
 
 
 def report(found: QuestionFile) -> None:
-    print(
-        f"{found.path}: {found.form}, {found.records} entries, {len(found.questions)} questions, {dict(found.dropped)}"
-    )
+    counts = f"{found.records} entries, {len(found.questions)} questions, dropped {dict(found.dropped)}"
+    print(f"{found.path}: {found.form}, {counts}, {found.empty_golds} empty answers left out")
 
 
 @pytest.mark.real_data
