@@ -116,29 +116,56 @@ def rloo(rewards, groups, mask, *, valid=None, num_groups: int | None = None) ->
     return _spread(centred * count / jnp.maximum(count - 1.0, 1.0), mask)
 
 
-def reinforce_pp(
-    rewards, groups, mask, *, valid=None, num_groups: int | None = None, clip: float = 10.0, scale: str = "divide_std"
-) -> jax.Array:
-    """REINFORCE++ (arXiv 2501.03262): the clipped reward on every token, whitened over the batch's tokens.
+def token_returns(rewards: jax.Array, mask: jax.Array, penalty: jax.Array | None = None, gamma: float = 1.0):
+    """G_t = sum over s >= t of gamma^(s-t) r_s on masked tokens, float32 [B, T] (arXiv 2503.05592).
 
-    Discount 1 and a reward at the last token make every masked token's return R_i. ``clip`` bounds R_i to
-    [-clip, clip] before whitening. ``groups`` is not used. See :func:`grpo` for shapes.
+    r_s is the row's reward at its last masked token, minus ``penalty`` [B, T] (such as a KL estimate times its weight)
+    at every masked one. gamma discounts by positions, those of tools included.
+    """
+    mask = mask > 0
+    left = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]  # masked tokens from here on
+    each = jnp.where(mask & (left == 1), rewards[:, None], 0.0)
+    if penalty is not None:
+        each = each - jnp.where(mask, penalty, 0.0)
+
+    def back(after, now):
+        total = now + gamma * after
+        return total, total
+
+    _, returns = jax.lax.scan(back, jnp.zeros_like(rewards), each.T, reverse=True)
+    return jnp.where(mask, returns.T, 0.0)
+
+
+def _returns(rewards, mask, penalty, gamma):
+    if penalty is None and gamma == 1.0:  # every masked token's return is the row's reward
+        return _spread(rewards, mask)
+    return token_returns(rewards, mask, penalty, gamma)
+
+
+def reinforce_pp(
+    rewards, groups, mask, *, valid=None, num_groups: int | None = None, clip: float = 10.0, scale: str = "divide_std",
+    penalty=None, gamma: float = 1.0,
+) -> jax.Array:  # fmt: skip
+    """REINFORCE++ (arXiv 2501.03262): the clipped reward's return at every token, whitened over the batch's tokens.
+
+    ``clip`` bounds R_i to [-clip, clip] before whitening. ``penalty`` [B, T] and ``gamma``: see :func:`token_returns`;
+    without them every masked token's return is R_i. ``groups`` is not used. See :func:`grpo` for shapes.
     """
     rewards, groups, mask, valid, num_groups = _prepare(rewards, groups, mask, valid, num_groups)
-    return normalize_tokens(_spread(jnp.clip(rewards, -clip, clip), mask), mask, scale)
+    return normalize_tokens(_returns(jnp.clip(rewards, -clip, clip), mask, penalty, gamma), mask, scale)
 
 
 def reinforce_pp_baseline(
-    rewards, groups, mask, *, valid=None, num_groups: int | None = None, clip: float = 10.0, scale: str = "divide_std"
-) -> jax.Array:
+    rewards, groups, mask, *, valid=None, num_groups: int | None = None, clip: float = 10.0, scale: str = "divide_std",
+    penalty=None, gamma: float = 1.0,
+) -> jax.Array:  # fmt: skip
     """REINFORCE++ with the group mean as baseline (arXiv 2501.03262; DeepRec, arXiv 2505.16810).
 
-    A_i = clip(R_i - mean_g, -clip, clip) on every masked token, then whitened over the batch's tokens
-    (:func:`normalize_tokens`). See :func:`grpo` for shapes.
+    As :func:`reinforce_pp` with clip(R_i - mean_g, -clip, clip) in the place of the reward.
     """
     rewards, groups, mask, valid, num_groups = _prepare(rewards, groups, mask, valid, num_groups)
     centred, _ = _centred(rewards, groups, valid, num_groups)
-    return normalize_tokens(_spread(jnp.clip(centred, -clip, clip), mask), mask, scale)
+    return normalize_tokens(_returns(jnp.clip(centred, -clip, clip), mask, penalty, gamma), mask, scale)
 
 
 ADVANTAGES: dict[str, Callable[..., jax.Array]] = {
@@ -155,8 +182,9 @@ WHITENED = frozenset({"reinforce_pp", "reinforce_pp_baseline"})
 def compute(name: str, rewards, groups, mask, *, group_size: int, valid=None, **options) -> jax.Array:
     """Check the groups on the host, then run the estimator ``name``.
 
-    ``options`` (``clip``, ``scale``) exist for the two REINFORCE++ forms. Raises ValueError for an unknown name, an
-    option the estimator does not have, groups of one under a baseline, and groups that are not full.
+    ``options`` (``clip``, ``scale``, ``penalty``, ``gamma``) exist for the two REINFORCE++ forms. Raises ValueError for
+    an unknown name, an option the estimator does not have, groups of one under a baseline, and groups that are not
+    full.
     """
     if name not in ADVANTAGES:
         raise ValueError(f"unknown advantage {name!r}; known: {', '.join(ADVANTAGES)}")

@@ -112,6 +112,12 @@ def jitted_sft_step() -> Callable:
     return jax.jit(sft_step, static_argnames=("config", "model_config"), donate_argnums=0)
 
 
+def with_selection(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A host batch with the columns to score, where scoring only those saves something."""
+    select = selection(batch["mask"])
+    return dict(batch) if select is None else {**batch, "select": select}
+
+
 def sft(
     config: SFTConfig,
     model_config: Config,
@@ -129,19 +135,38 @@ def sft(
     ``get_state``/``set_state`` (Grain's do). state: donated, do not use it afterwards. on_step(step, state, scalars)
     is called after each step. Raises FloatingPointError when the loss or the gradient is not finite.
     """
+    return run_steps(
+        jitted_sft_step(), with_selection, config, model_config, state, batches, steps, writer, checkpointer, mesh,
+        on_step,
+    )  # fmt: skip
+
+
+def run_steps(
+    update: Callable,
+    prepare: Callable[[Mapping[str, Any]], dict[str, Any]],
+    config: Any,
+    model_config: Config,
+    state: TrainState,
+    batches: Iterator[Mapping[str, Any]],
+    steps: int,
+    writer: MetricsWriter | None = None,
+    checkpointer: Checkpointer | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    on_step: Callable[[int, TrainState, dict[str, float]], None] | None = None,
+) -> TrainState:
+    """The loop of :func:`sft` around any compiled ``update(state, batch, config, model_config) -> (state, metrics)``.
+
+    prepare: what is done to a host batch before it goes to the devices. config: with a field ``save_every``.
+    """
     done = 0
     if checkpointer is not None and (restored := checkpointer.restore(state, batches)) is not None:
         state, done = restored.state, restored.step
     if writer is not None:
         writer.resume(done)
     timer = PhaseTimer()
-    update = jitted_sft_step()
     for step in range(done + 1, steps + 1):
         with timer("data"):
-            batch = dict(next(batches))
-            if (select := selection(batch["mask"])) is not None:
-                batch["select"] = select
-            batch = shard_batch(mesh, batch)
+            batch = shard_batch(mesh, prepare(next(batches)))
         with timer("update"), use_mesh(mesh):
             state, metrics = update(state, batch, config, model_config)
             scalars = losses.mean_metrics(metrics)

@@ -19,8 +19,10 @@ from models.config import Config
 from models.sample import bucket
 from models.sharding import RULES, shard_batch, to_host, use_mesh
 from rl import advantages, losses
+from rl.finetune import SFTConfig, sft_loss
 from rl.logprobs import selection, token_logprobs
 from rl.optimizer import OptimizerConfig, TrainState, accumulate_gradients, apply_gradients
+from rl.rows import pad_rows
 from rl.trajectory import Status, Trajectory
 
 
@@ -37,6 +39,10 @@ class GRPOConfig:
     advantage: str = "reinforce_pp_baseline"  # a name in rl.advantages.ADVANTAGES
     adv_clip: float = 10.0  # bound on |A| in reward units before whitening; the two REINFORCE++ forms only
     adv_scale: str = "divide_std"  # "multiply_std" copies DeepRec's released code; the two REINFORCE++ forms only
+    # Weight of log(old / reference), taken off the reward at every sampled token (R1-Searcher, arXiv 2503.05592: 1e-4),
+    # and discount per token of the returns; the two REINFORCE++ forms only.
+    kl_reward: float = 0.0
+    gamma: float = 1.0
     clip_low: float = 0.2  # the ratio is clipped below at 1 - clip_low
     clip_high: float = 0.28  # and above at 1 + clip_high; above clip_low keeps rare tokens alive (DAPO)
     dual_clip: float | None = None  # bound on the ratio where A < 0, e.g. 3 (arXiv 1912.09729); None is off
@@ -58,6 +64,10 @@ class GRPOConfig:
     length_buckets: tuple[int, ...] = ()  # padded lengths in tokens, ascending; empty: 16, 24, 32, 48, ...
     logprob_chunk: int = 256  # positions per recomputed piece of the softmax; lower for large vocabularies
     log_entropy: bool = True  # report the policy's entropy in nats per token; costs one more pass over the softmax
+    # Weight of the cross-entropy of rows that ``train``'s ``auxiliary`` supplies, added to every update of the step
+    # (R1-Searcher++, arXiv 2505.17005: 0.1); 0 leaves them out.
+    aux_weight: float = 0.0
+    max_env_errors: float = 1.0  # share of a rollout's rows that the environment may fail in before training stops
     save_every: int = 0  # steps between checkpoints; 0 saves only at the end
     seed: int = 0  # order of trajectories in minibatches
 
@@ -83,6 +93,16 @@ class GRPOConfig:
             raise ValueError(
                 f"{self.prompts_per_step} prompts x {self.group_size} trajectories do not split into "
                 f"{self.minibatches} minibatches of {self.micro_batches} micro_batches"
+            )
+        for name in ("kl_reward", "aux_weight", "max_env_errors"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"gamma must lie above 0 and be at most 1, not {self.gamma}")
+        if (self.kl_reward or self.gamma != 1) and self.advantage not in advantages.WHITENED:
+            raise ValueError(
+                f"kl_reward and gamma shape the reward of single tokens: they need advantage "
+                f"{' or '.join(sorted(advantages.WHITENED))}, not {self.advantage!r}"
             )
         if list(self.length_buckets) != sorted(set(self.length_buckets)):
             raise ValueError(f"length_buckets must ascend, not {self.length_buckets}")
@@ -170,9 +190,18 @@ def _fit(x: np.ndarray, size: int) -> np.ndarray:
 
 
 @functools.cache
-def _estimator(name: str, group_count: int, clip: float, scale: str):
-    options = {"clip": clip, "scale": scale} if name in advantages.WHITENED else {}
+def _estimator(name: str, group_count: int, clip: float, scale: str, gamma: float):
+    options = {"clip": clip, "scale": scale, "gamma": gamma} if name in advantages.WHITENED else {}
     return jax.jit(functools.partial(advantages.ADVANTAGES[name], num_groups=group_count, **options))
+
+
+def estimate(rewards: np.ndarray, groups: np.ndarray, mask: np.ndarray, valid: np.ndarray, config: GRPOConfig, **more):
+    """Advantages float32 [B, T] of a whole rollout, on the host: statistics are those of all its rows, whatever the
+    mesh. groups: ids as ``advantages.check_groups`` returns them."""
+    count = len(groups) // config.group_size
+    run = _estimator(config.advantage, count, config.adv_clip, config.adv_scale, config.gamma)
+    # valid, not the mask, decides who counts in a group: a row masked out for its length still tells what is good.
+    return np.asarray(run(np.asarray(rewards, np.float32), groups, mask, valid=valid.astype(np.float32), **more))
 
 
 def make_batch(
@@ -192,12 +221,10 @@ def make_batch(
     mask, counts = loss_mask(trajectory, rewards, valid, config)
     size = bucket_length(int(trajectory.lengths.max()), config.length_buckets)
     mask = _fit(mask, size)
-    estimate = _estimator(config.advantage, len(groups) // config.group_size, config.adv_clip, config.adv_scale)
-    # valid, not the mask, decides who counts in a group: a row masked out for its length still tells what is good.
-    advantage = np.asarray(estimate(np.asarray(rewards, np.float32), groups, mask, valid=valid.astype(np.float32)))
     batch = Batch(
         ids=_fit(trajectory.ids, size), lengths=np.minimum(trajectory.lengths, size).astype(np.int32),
-        row=np.arange(len(groups), dtype=np.int32), mask=mask, advantages=advantage,
+        row=np.arange(len(groups), dtype=np.int32), mask=mask,
+        advantages=estimate(rewards, groups, mask, valid, config),
         sampler_logprobs=_fit(trajectory.logprobs, size), select=selection(mask),
         routing=_fit(trajectory.routing, size) if config.replay_routing else None,
     )  # fmt: skip
@@ -228,15 +255,10 @@ def score(params, ids, lengths, select, routing, config: GRPOConfig, model_confi
     return jax.lax.with_sharding_constraint(logp, jax.sharding.PartitionSpec())  # every process reads all rows
 
 
-def update_step(
-    state: TrainState, batch: Batch, config: GRPOConfig, model_config: Config
-) -> tuple[TrainState, dict[str, Any]]:
-    """One update on one minibatch, pure: ``(state, batch) -> (state, metrics)``.
-
-    Normalised by the counts of the whole minibatch, so ``micro_batches`` changes memory and nothing else. Without
-    ``batch.old_logprobs`` the ratio is 1 by construction (stop_gradient of the same forward). Metrics are (sum, count)
-    pairs; "bad_rows" [B] counts log-probs per row that are not finite, for :func:`update` to name.
-    """
+def gradients(
+    params: Any, batch: Batch, config: GRPOConfig, model_config: Config, aux: Mapping[str, jax.Array] | None = None
+) -> tuple[jax.Array, Any, dict[str, Any]]:
+    """Loss, gradient and metrics of one minibatch; see :func:`update_step`."""
     below = losses.denominator(batch.mask, config.aggregation, config.constant_tokens)
     rows = batch.row.shape[0]
     index = batch.replace(row=jnp.arange(rows, dtype=jnp.int32))
@@ -261,7 +283,37 @@ def update_step(
         metrics["bad_rows"] = jnp.zeros(rows).at[micro.row].add(bad.astype(jnp.float32))
         return share, metrics
 
-    value, grads, metrics = accumulate_gradients(loss, state.params, index, config.micro_batches)
+    value, grads, metrics = accumulate_gradients(loss, params, index, config.micro_batches)
+    if aux is None or not config.aux_weight:
+        return value, grads, metrics
+    tokens = jnp.maximum(jnp.asarray(aux["mask"], jnp.float32)[:, 1:].sum(), 1.0)
+    settings = SFTConfig(config.optimizer, logprob_chunk=config.logprob_chunk)
+
+    def supervised(params, micro):
+        share, more = sft_loss(params, micro, settings, model_config, tokens)
+        return config.aux_weight * share, {"aux_loss": more["loss"]}
+
+    more_value, more_grads, more_metrics = accumulate_gradients(supervised, params, dict(aux), config.micro_batches)
+    return value + more_value, jax.tree.map(jnp.add, grads, more_grads), {**metrics, **more_metrics}
+
+
+def update_step(
+    state: TrainState,
+    batch: Batch,
+    config: GRPOConfig,
+    model_config: Config,
+    aux: Mapping[str, jax.Array] | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One update on one minibatch, pure: ``(state, batch) -> (state, metrics)``.
+
+    Normalised by the counts of the whole minibatch, so ``micro_batches`` changes memory and nothing else. Without
+    ``batch.old_logprobs`` the ratio is 1 by construction (stop_gradient of the same forward). Metrics are (sum, count)
+    pairs; "bad_rows" [B] counts log-probs per row that are not finite, for :func:`update` to name.
+
+    aux: supervised rows as ``rl.finetune.sft_step`` takes them, whose mean cross-entropy over all their learned tokens
+    is added with weight ``aux_weight``. With None, or weight 0, the program is the one without them.
+    """
+    value, grads, metrics = gradients(state.params, batch, config, model_config, aux)
     state, more = apply_gradients(state, grads, config.optimizer)
     one = jnp.ones(())
     return state, {**metrics, **more, "loss": (value, one), "tokens": (batch.mask.sum(), one)}
@@ -285,10 +337,12 @@ def add_logprobs(
     """Fill ``old_logprobs`` and ``ref_logprobs``, on the host, before any update of this rollout.
 
     old: the sampler's if the config says so; left None when there is one update per rollout, since then the update's
-    own forward gives them; else one forward pass. ref: one forward pass of ``ref_params``, when given.
+    own forward gives them; else one forward pass, as ``kl_reward`` needs too. ref: one forward pass of ``ref_params``,
+    when given.
     """
-    if config.kl_coef and ref_params is None:
-        raise ValueError("kl_coef is not 0: pass ref_params, the weights to stay close to, or set kl_coef=0")
+    for name in ("kl_coef", "kl_reward"):
+        if getattr(config, name) and ref_params is None:
+            raise ValueError(f"{name} is not 0: pass ref_params, the weights to stay close to, or set {name}=0")
     inputs = shard_batch(mesh, (batch.ids, batch.lengths, batch.select))
     routing = shard_batch(mesh, batch.routing)
 
@@ -297,7 +351,7 @@ def add_logprobs(
             return np.asarray(jitted_score()(weights, *inputs, routing, config, model_config))
 
     old = batch.sampler_logprobs if config.old_logprobs == "sampler" else None
-    if old is None and config.updates_per_step > 1:
+    if old is None and (config.updates_per_step > 1 or config.kl_reward):
         old = run(params, routing)
         losses.check_finite("log-prob", old, batch.mask)
     reference = None
@@ -305,6 +359,29 @@ def add_logprobs(
         reference = run(ref_params)
         losses.check_finite("reference log-prob", reference, batch.mask)
     return batch.replace(old_logprobs=old, ref_logprobs=reference)
+
+
+def penalise(batch: Batch, rewards: np.ndarray, groups: np.ndarray, valid: np.ndarray, config: GRPOConfig) -> Batch:
+    """The batch with ``kl_reward`` times log(old / reference), the k1 estimate, taken off every sampled token's reward.
+
+    batch: with both log-probs; rewards, groups, valid: as for :func:`make_batch`. Unchanged when ``kl_reward`` is 0.
+    """
+    if not config.kl_reward:
+        return batch
+    groups = advantages.check_groups(groups, config.group_size, baseline=config.advantage in advantages.HAS_BASELINE)
+    penalty = config.kl_reward * losses.kl_penalty(np.asarray(batch.old_logprobs), np.asarray(batch.ref_logprobs), "k1")
+    return batch.replace(advantages=estimate(rewards, groups, batch.mask, valid, config, penalty=penalty))
+
+
+def auxiliary_rows(rows: Mapping[str, np.ndarray] | None, config: GRPOConfig, slots: int) -> dict[str, Any] | None:
+    """Supervised rows padded to a bucket of lengths and of numbers of rows that ``slots`` divides, so that few shapes
+    reach the compiler; None when there is nothing to learn from or ``aux_weight`` is 0."""
+    if rows is None or not config.aux_weight or not np.asarray(rows["mask"])[:, 1:].any():
+        return None
+    n, size = rows["tokens"].shape
+    out = pad_rows(rows, -(-bucket(n, 4) // slots) * slots, bucket_length(size, config.length_buckets))
+    select = selection(out["mask"])
+    return out if select is None else {**out, "select": select}
 
 
 def trained_rows(trains: np.ndarray, rows: np.ndarray, slots: int) -> np.ndarray:
@@ -324,9 +401,12 @@ def trained_rows(trains: np.ndarray, rows: np.ndarray, slots: int) -> np.ndarray
 
 
 def update(
-    state: TrainState, batch: Batch, config: GRPOConfig, model_config: Config, step: int, mesh=None
-) -> tuple[TrainState, dict[str, float]]:
+    state: TrainState, batch: Batch, config: GRPOConfig, model_config: Config, step: int, mesh=None,
+    aux: Mapping[str, np.ndarray] | None = None,
+) -> tuple[TrainState, dict[str, float]]:  # fmt: skip
     """All updates of one rollout: ``epochs`` passes over ``minibatches`` shuffled parts. Returns mean metrics.
+
+    aux: supervised rows (``rl.rows``) that every update also learns, all of them, with weight ``aux_weight``.
 
     A part without any token to learn from is skipped and counted: stepping on a zero gradient would still move the
     weights by Adam's momentum. Raises FloatingPointError naming the sample whose log-prob is not finite.
@@ -334,9 +414,13 @@ def update(
     run = jitted_update_step()
     rows = len(batch.row)
     # What the program does not depend on is no part of its key: stages that differ in rewards share one compilation.
-    static = dataclasses.replace(config, reward_weights=(), seed=0, save_every=0)
+    static = dataclasses.replace(config, reward_weights=(), seed=0, save_every=0, max_env_errors=1.0)
     # What a slice's rows must divide by: the micro-batches, and the devices that a batch is split over.
     slots = config.micro_batches * (1 if mesh is None else math.prod(mesh.shape.get(a, 1) for a in RULES["batch"]))
+    aux = auxiliary_rows(aux, config, slots)
+    extra = () if aux is None else (shard_batch(mesh, aux),)
+    if aux is None:
+        static = dataclasses.replace(static, aux_weight=0.0)
     totals: dict[str, tuple[float, float]] = {}
     skipped = 0
     for epoch in range(config.epochs):
@@ -350,7 +434,7 @@ def update(
                 continue
             chosen = jax.tree.map(lambda x, part=part: np.asarray(x)[part], batch)
             with use_mesh(mesh):
-                state, metrics = run(state, shard_batch(mesh, chosen), static, model_config)
+                state, metrics = run(state, shard_batch(mesh, chosen), static, model_config, *extra)
             bad = np.flatnonzero(to_host(metrics.pop("bad_rows")))
             if bad.size:
                 names = ", ".join(str(chosen.row[i]) for i in bad[:8])

@@ -23,8 +23,11 @@ from rl.policy import GRPOConfig
 from rl.trajectory import Status, Trajectory
 
 # (params, examples, key) -> (trajectory, {reward name: float [B]}, info). info holds scalars for the log and may hold
-# "seconds": {phase: s} for time inside the call that is not sampling, such as "reward".
+# "seconds": {phase: s} for time inside the call that is not sampling, such as "reward", and "carry": anything that
+# ``auxiliary`` wants of the rollout, such as its final states.
 RolloutFn = Callable[[Any, Any, jax.Array], tuple[Trajectory, Mapping[str, np.ndarray], Mapping[str, Any]]]
+# (step, params, carry) -> supervised rows (rl.rows) that the step's updates learn beside the policy loss, or None.
+Auxiliary = Callable[[int, Any, Any], Mapping[str, np.ndarray] | None]
 
 
 def train(
@@ -39,20 +42,23 @@ def train(
     checkpointer: Checkpointer | None = None,
     mesh: jax.sharding.Mesh | None = None,
     ref_params: Any = None,
+    auxiliary: Auxiliary | None = None,
     on_step: Callable[[int, TrainState, Trajectory, Mapping[str, np.ndarray], dict[str, float]], None] | None = None,
 ) -> TrainState:
     """Train until ``steps`` steps are done in all, resuming from ``checkpointer`` when it holds any.
 
     prompts: iterator of batches of ``config.prompts_per_step`` examples, in whatever form ``rollout_fn`` takes; with a
     checkpointer it needs ``get_state``/``set_state``. state: donated, do not use it afterwards. ref_params: weights of
-    the KL penalty, needed when ``kl_coef`` is not 0; they must not share buffers with ``state``.
+    the KL penalty, needed when ``kl_coef`` or ``kl_reward`` is not 0; they must not share buffers with ``state``.
+    auxiliary: supplies supervised rows for a step, learned with weight ``config.aux_weight``; not called when it is 0.
     on_step(step, state, trajectory, rewards, scalars) runs after each step, e.g. to store examples.
 
     Step n samples with ``fold_in(state.key, n)``, and the checkpoint of step n holds weights, optimiser, key and the
     prompts' position after n batches, so N steps + kill + resume + N steps equal 2N steps.
 
     Raises FloatingPointError for a reward, log-prob, loss or gradient that is not finite, ValueError for a batch of
-    the wrong size.
+    the wrong size, RuntimeError when the environment failed in more than ``config.max_env_errors`` of the rows; nothing
+    of that step is learned.
     """
     # ---- resume -----------------------------------------------------------------------------------------------------
     done = 0
@@ -71,19 +77,27 @@ def train(
         for phase, seconds in info.pop("seconds", {}).items():
             timer.seconds[phase] = timer.seconds.get(phase, 0.0) + seconds
             timer.seconds["rollout"] -= seconds
+        carry = info.pop("carry", None)
         _check_size(trajectory, config)
 
         # ---- advantage ----------------------------------------------------------------------------------------------
         with timer("advantage"):
             valid = np.asarray(trajectory.status) != Status.ENV_ERROR
+            _check_errors(valid, config, step)
             total = policy.total_reward(rewards, valid, config)
             batch, counts = policy.make_batch(trajectory, total, config, valid)
         with timer("logprobs"):
             batch = policy.add_logprobs(batch, state.params, config, model_config, ref_params, mesh)
+            batch = policy.penalise(batch, total, trajectory.groups, valid, config)
+        aux = None
+        if auxiliary is not None and config.aux_weight:
+            with timer("auxiliary"):
+                aux = auxiliary(step, state.params, carry)
+            counts["aux_rows"] = 0.0 if aux is None else float(len(aux["tokens"]))
 
         # ---- update -------------------------------------------------------------------------------------------------
         with timer("update"):
-            state, scalars = policy.update(state, batch, config, model_config, step, mesh)
+            state, scalars = policy.update(state, batch, config, model_config, step, mesh, aux)
             state = timer.wait(state.replace(step=state.step + 1))
         check_update(scalars, step)
 
@@ -107,6 +121,16 @@ def _check_size(trajectory: Trajectory, config: GRPOConfig) -> None:
         raise ValueError(
             f"the rollout has {rows} trajectories, the config wants {config.prompts_per_step} prompts x "
             f"{config.group_size} = {wanted}; let prompts yield {config.prompts_per_step} examples (drop the remainder)"
+        )
+
+
+def _check_errors(valid: np.ndarray, config: GRPOConfig, step: int) -> None:
+    failed = int((~valid).sum())
+    if failed > config.max_env_errors * len(valid):
+        raise RuntimeError(
+            f"step {step}: the environment failed in {failed} of {len(valid)} rows, more than "
+            f"max_env_errors={config.max_env_errors} allows; nothing was learned from them. See that its tools answer, "
+            "then run again: training goes on from the last checkpoint"
         )
 
 

@@ -283,9 +283,7 @@ def cold_start(this: Run) -> None:
         )  # fmt: skip
         model = this.trainable(model)
         state = init_state(model.params, optimizer, this.seed)
-        feed = batches(
-            {"tokens": arrays["ids"], "mask": arrays["mask"], "lengths": arrays["lengths"]}, c.batch_size, this.seed
-        )
+        feed = batches(arrays, c.batch_size, this.seed)
         settings = SFTConfig(optimizer, save_every=max(c.steps // 4, 1))
         with (
             MetricsWriter(this.folder, "cold_start", c.steps) as writer,

@@ -21,6 +21,7 @@ from rl.envs.recommend import (
     Example,
     RecommendEnv,
 )  # fmt: skip
+from rl.rows import encode_rows
 
 MERGES = ("newest", "halves", "interleave", "fused")
 
@@ -151,25 +152,6 @@ def write_traces(
 
 
 def encode_traces(traces: Sequence[Trace], tokenizer, eos_id: int, max_len: int) -> tuple[dict[str, np.ndarray], int]:
-    """Arrays for supervised training: ids int32 [n, T], mask bool [n, T] (True on policy tokens and the closing EOS),
-    lengths int32 [n]; and how many traces were longer than ``max_len`` and are left out. Segments are tokenised apart,
-    as in a rollout."""
-    rows, masks = [], []
-    for trace in traces:
-        prompt = tokenizer.encode(trace.prompt)
-        ids, mask = list(prompt), [False] * len(prompt)
-        for author, text in trace.segments:
-            new = tokenizer.encode(text)
-            ids += new
-            mask += [author == "policy"] * len(new)
-        rows.append([*ids, eos_id])
-        masks.append([*mask, True])
-    fits = [i for i, row in enumerate(rows) if len(row) <= max_len]
-    if not fits:
-        raise ValueError(f"no trace fits max_len={max_len}; the shortest has {min(map(len, rows))} tokens")
-    width = max(len(rows[i]) for i in fits)
-    ids, mask = np.zeros((len(fits), width), np.int32), np.zeros((len(fits), width), bool)
-    for at, i in enumerate(fits):
-        ids[at, : len(rows[i])], mask[at, : len(rows[i])] = rows[i], masks[i]
-    lengths = np.array([len(rows[i]) for i in fits], np.int32)
-    return {"ids": ids, "mask": mask, "lengths": lengths}, len(rows) - len(fits)
+    """Arrays for supervised training (``rl.rows.encode_rows``): True in the mask on policy tokens and the closing EOS;
+    and how many traces were longer than ``max_len`` and are left out."""
+    return encode_rows([(trace.prompt, trace.segments) for trace in traces], tokenizer, eos_id, max_len)

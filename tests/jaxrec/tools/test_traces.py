@@ -115,7 +115,7 @@ def test_only_what_the_policy_writes_is_trained_on():
     assert dropped == 0
     for row, trace in enumerate(traces):
         length = arrays["lengths"][row]
-        ids, mask = arrays["ids"][row, :length], arrays["mask"][row, :length]
+        ids, mask = arrays["tokens"][row, :length], arrays["mask"][row, :length]
         learned = "".join(chr(i) for i in ids[mask][:-1])
         assert learned == "".join(text for author, text in trace.segments if author == "policy")
         assert ITEMS_OPEN not in learned
@@ -123,9 +123,9 @@ def test_only_what_the_policy_writes_is_trained_on():
         assert not arrays["mask"][row, length:].any()
     shortest = int(arrays["lengths"].min())
     kept, dropped = encode_traces(traces, Letters(), eos_id=1, max_len=shortest)
-    assert len(kept["ids"]) + dropped == len(traces)
+    assert len(kept["tokens"]) + dropped == len(traces)
     assert dropped == int((arrays["lengths"] > shortest).sum())
-    with pytest.raises(ValueError, match="no trace fits max_len=3"):
+    with pytest.raises(ValueError, match="no row of 20 fits max_len=3"):
         encode_traces(traces, Letters(), eos_id=1, max_len=3)
 
 

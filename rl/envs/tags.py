@@ -1,0 +1,179 @@
+"""Control tags of language models that search: three styles, how to read what a policy wrote, how to disarm other text.
+
+Everything here works on text whose author is known. A tag counts only where the policy wrote it; text that a tool
+returns is disarmed by :func:`neutralise` before the policy sees it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+TOOL = "\x00"  # stands for a tool's segment in ``marked`` texts; no tokenizer makes it of ordinary text
+BOX = "\\boxed"
+
+
+@dataclasses.dataclass(frozen=True)
+class TagStyle:
+    """A set of tags; "" where a style has none. Only the environment writes the result tags.
+
+    An answer stands in ``\\boxed{}`` unless ``answer_open`` names a tag. think_open ends the prompt. lines: results
+    stand on lines of their own. keep_quotes: quotation marks stay in a query (web search reads them as "exactly").
+    """
+
+    name: str
+    query_open: str
+    query_close: str
+    result_open: str
+    result_close: str
+    internal_open: str = ""
+    internal_close: str = ""
+    think_open: str = ""
+    think_close: str = ""
+    answer_open: str = ""
+    answer_close: str = ""
+    lines: bool = True
+    keep_quotes: bool = False
+
+    def __post_init__(self):
+        for name in ("query_open", "query_close", "result_open", "result_close"):
+            if not getattr(self, name):
+                raise ValueError(f"tag style {self.name!r} needs {name}")
+        for kind in ("internal", "answer"):
+            if bool(getattr(self, f"{kind}_open")) != bool(getattr(self, f"{kind}_close")):
+                raise ValueError(f"tag style {self.name!r}: {kind}_open and {kind}_close come as a pair")
+        if len(set(self.tags)) != len(self.tags):
+            raise ValueError(f"tag style {self.name!r} uses one tag for two purposes: {self.tags}")
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Every tag of the style, without the box."""
+        fields = (
+            "query_open", "query_close", "result_open", "result_close", "internal_open", "internal_close", "think_open",
+            "think_close", "answer_open", "answer_close",
+        )  # fmt: skip
+        return tuple(tag for tag in (getattr(self, name) for name in fields) if tag)
+
+    @property
+    def answer_form(self) -> str:
+        """How an answer is shown in a prompt, around "..."."""
+        return f"{self.answer_open}...{self.answer_close}" if self.answer_open else f"{BOX}{{...}}"
+
+
+SIMPLE_DEEP_SEARCHER = TagStyle(  # arXiv 2505.16834, appendix E
+    "simple_deep_searcher", "<|begin_search_query|>", "<|end_search_query|>", "<|begin_search_result|>",
+    "<|end_search_result|>", think_close="</think>", lines=False, keep_quotes=True,
+)  # fmt: skip
+R1_SEARCHER_PP = TagStyle(  # arXiv 2505.17005
+    "r1_searcher_pp", "<external>", "</external>", "<document>", "</document>", "<internal>", "</internal>"
+)
+R1_SEARCHER = TagStyle(  # arXiv 2503.05592
+    "r1_searcher", "<|begin_of_query|>", "<|end_of_query|>", "<|begin_of_documents|>", "<|end_of_documents|>",
+    think_open="<think>", think_close="</think>", answer_open="<answer>", answer_close="</answer>",
+)  # fmt: skip
+STYLES = {style.name: style for style in (SIMPLE_DEEP_SEARCHER, R1_SEARCHER_PP, R1_SEARCHER)}
+
+
+def find_style(name: str) -> TagStyle:
+    """A style by its name. Raises ValueError, naming those that exist."""
+    if name not in STYLES:
+        raise ValueError(f"unknown tag style {name!r}; styles: {', '.join(STYLES)}")
+    return STYLES[name]
+
+
+def check_round_trip(style: TagStyle, tokenizer) -> None:
+    """Raise ValueError when the tokenizer does not give a tag back as it took it: no stop string would be found."""
+    for tag in (*style.tags, f"{BOX}{{x}}"):
+        back = tokenizer.decode(tokenizer.encode(tag))
+        if back.strip() != tag:
+            raise ValueError(f"the tokenizer turns the tag {tag!r} of style {style.name!r} into {back!r}")
+
+
+# --- what the policy wrote --------------------------------------------------------------------------------------------
+
+
+def parse_query(text: str, style: TagStyle) -> str | None:
+    """Query of the last complete pair in one segment of policy text.
+
+    None where no pair is complete; "" where the pair holds nothing, or another tag (a query inside a query is none).
+    What stands behind the close tag does not matter: the token that ends the tag may hold more text.
+    """
+    before, closed, _ = text.rpartition(style.query_close)
+    if not closed:
+        return None
+    start = before.rpartition(style.query_close)[2]  # since the pair before
+    if style.query_open not in start:
+        return None
+    lead, _, body = start.rpartition(style.query_open)
+    if style.query_open in lead or any(tag in body for tag in style.tags):
+        return ""
+    return clean_query(body, style)
+
+
+def clean_query(body: str, style: TagStyle) -> str:
+    """White space as single blanks, and without quotation marks unless the style keeps them."""
+    bare = body if style.keep_quotes else re.sub('["\u201c\u201d]', "", body)
+    return " ".join(bare.split()) if bare.strip("\"'\u201c\u201d \t\r\n") else ""
+
+
+def boxes(text: str) -> list[tuple[int, str]]:
+    """Start and content of every ``\\boxed{...}`` whose braces match, inner boxes left out; ``\\{`` is no brace."""
+    found, at = [], 0
+    while (at := text.find(BOX + "{", at)) >= 0:
+        depth, i = 1, at + len(BOX) + 1
+        while i < len(text) and depth:
+            if text[i] == TOOL:
+                break
+            if text[i] == "\\" and text[i + 1 : i + 2] in ("{", "}", "\\"):
+                i += 1
+            else:
+                depth += {"{": 1, "}": -1}.get(text[i], 0)
+            i += 1
+        if depth:
+            at += len(BOX)
+            continue
+        found.append((at, text[at + len(BOX) + 1 : i - 1].strip()))
+        at = i
+    return found
+
+
+def answers(text: str, style: TagStyle) -> list[tuple[int, str]]:
+    """Start and content of every complete answer in marked policy text, in order; contents may be empty."""
+    if not style.answer_open:
+        return boxes(text)
+    pattern = f"{re.escape(style.answer_open)}((?:(?!{re.escape(style.answer_open)})[^{TOOL}])*?)"
+    return [(m.start(), m[1].strip()) for m in re.finditer(pattern + re.escape(style.answer_close), text, re.DOTALL)]
+
+
+def marked(segments: Sequence[tuple[str, str]]) -> str:
+    """Policy text with one ``TOOL`` character where a tool wrote, so that nothing is read across a tool's text."""
+    return "".join(text.replace(TOOL, " ") if author == "policy" else TOOL for author, text in segments)
+
+
+# --- what others wrote ------------------------------------------------------------------------------------------------
+
+
+def neutralise(text: str, style: TagStyle, reserved: Sequence[str] = ()) -> str:
+    """Text from outside with every control tag broken by a blank, so that it neither ends a span nor asks for one.
+
+    Whatever looks like a tag (``<x``, ``</x``, ``<|``, ``|>``, full-width brackets too) is broken, of whatever style or
+    model, and so is ``\\boxed``. The bare names of tags with underscores lose them (``begin_search_query``). reserved:
+    further strings, such as a tokenizer's special tokens.
+    """
+    text = text.replace(TOOL, " ")
+    for tag in style.tags:
+        name = tag.strip("</|>")
+        if "_" in name:
+            text = text.replace(name, name.replace("_", " "))
+    text = re.sub(r"([<\uff1c])(?=[/|!A-Za-z\uff5c])", r"\1 ", text)
+    text = re.sub(r"([|\uff5c])(?=[>\uff1e])", r"\1 ", text)
+    text = re.sub(r"\\(?=boxed)", r"\\ ", text)
+    for word in (*style.tags, *reserved):
+        if word in text:
+            text = text.replace(word, f"{word[:1]} {word[1:]}")
+    return text
+
+
+def cut_words(text: str, most: int) -> str:
+    """The first ``most`` words with the white space between them as it is."""
+    ends = [m.end() for _, m in zip(range(most + 1), re.finditer(r"\S+", text))]
+    return text if len(ends) <= most else text[: ends[most - 1]]
