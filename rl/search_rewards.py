@@ -108,7 +108,7 @@ def _span_faults(text: str, style: TagStyle, unanswered: bool) -> tuple[set[str]
             kind = closes[tag]
             follows = events[at + 1][2] if at + 1 < len(events) else ""
             if inside != kind:
-                faults.add(kind)
+                faults |= {kind, inside} - {""}
             elif kind == "query" and not text[begin:start].strip("\"' \t\r\n"):
                 faults.add("query")
             if kind == "query" and follows != TOOL and not (unanswered and not follows):
@@ -158,10 +158,11 @@ def deep_searcher_faults(
     count_tokens: tokens of a text; white-space words without it.
     """
     text, style = marked(state.segments), state.style
+    bare = re.sub("|".join(map(re.escape, (*style.tags, BOX, TOOL))), " ", text)  # tags are made of symbols
     count = count_tokens or (lambda text: len(text.split()))
     rules = {
         "result": style.result_open in text or style.result_close in text,
-        "garbled": bool(gibberish(text.replace(TOOL, " "), state.example.question, symbols=True)),
+        "garbled": bool(gibberish(bare, state.example.question, symbols=True)),
         "reflection": len(REFLECTION.findall(text)) > config.max_reflections,
         "answer": not state.answer,
         "retrievals": len(state.calls) > config.max_retrievals,

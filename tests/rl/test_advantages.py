@@ -161,3 +161,70 @@ def test_equal_to_stored_trl(name):
         rewards, groups = stored["rewards"], stored["groups"]
         out = advantages.compute(name, rewards, groups, np.ones((len(rewards), 1)), group_size=4)
         np.testing.assert_allclose(out[:, 0], stored[f"advantages_{name}"], rtol=1e-5, atol=1e-6)
+
+
+# --- token-level rewards: the worked numbers of R1-Searcher++ (arXiv 2505.17005, section 5) ---------------------------
+
+WORKED = np.array([1, 7 / 3, 0, 1, -2, 0, 0, -2], np.float32)
+WHITENED = {
+    "reinforce_pp": [0.69003, 1.65008, -0.03000, 0.69003, -1.47007, -0.03000, -0.03000, -1.47007],
+    "reinforce_pp_baseline": [-0.09072, 1.36083, -1.17938, -0.09072, -1.08866, 1.08866, 1.08866, -1.08866],
+}
+
+
+@pytest.mark.parametrize("name", list(WHITENED))
+def test_r1_searcher_numbers(name):
+    groups, mask = np.arange(8) // 4, np.tile([0.0, 1, 1, 0, 1], (8, 1))  # rows of equal length, with a tool's text
+    out = advantages.compute(name, WORKED, groups, mask, group_size=4)
+    np.testing.assert_allclose(out, np.array(WHITENED[name])[:, None] * mask, atol=1e-4)
+    same = advantages.compute(name, WORKED, groups, mask, group_size=4, penalty=np.zeros((8, 5)), gamma=1.0)
+    np.testing.assert_allclose(same, out, atol=1e-6)
+    if name == "reinforce_pp_baseline":
+        shifted = WORKED + np.repeat([5.0, -3.0], 4)
+        np.testing.assert_allclose(advantages.compute(name, shifted, groups, mask, group_size=4), out, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "zero"), [("reinforce_pp_baseline", True), ("grpo", True), ("reinforce_pp", False)])
+def test_a_group_of_wrong_answers(name, zero):
+    """All rewards 0: no signal under a baseline; plain REINFORCE++ pushes them down beside a group that earned more."""
+    rewards, groups = np.array([0, 0, 1.0, 0, 0, 0.0]), np.array([1, 1, 0, 0, 2, 2])
+    rewards[:2] = 0.0
+    out = np.asarray(advantages.compute(name, rewards, groups, np.ones((6, 3)), group_size=2))
+    assert (out[:2] == 0).all() == zero
+    assert (out[4:] == 0).all() == zero
+
+
+def test_returns_with_penalty_and_discount_equal_a_plain_loop(rng):
+    rewards, gamma = rng.normal(size=5).astype(np.float32), 0.9
+    mask = (rng.random((5, 9)) < 0.6).astype(np.float32)
+    mask[4] = 0.0
+    penalty = rng.normal(size=(5, 9)).astype(np.float32)
+    penalty[mask == 0] = np.nan  # what a tool wrote has no log-prob of the policy
+    expected = np.zeros((5, 9))
+    for i in range(5):
+        inside = np.flatnonzero(mask[i])
+        for t in inside:
+            later = [(s, -float(penalty[i, s]) + (rewards[i] if s == inside[-1] else 0.0)) for s in inside if s >= t]
+            expected[i, t] = sum(gamma ** (s - t) * r for s, r in later)
+    out = jax.jit(advantages.token_returns, static_argnames="gamma")(rewards, mask, penalty, gamma=gamma)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    whole = advantages.compute("reinforce_pp", rewards, np.arange(5), mask, group_size=1, penalty=penalty, gamma=gamma)
+    tokens = expected[mask > 0]
+    np.testing.assert_allclose(np.asarray(whole)[mask > 0], (tokens - tokens.mean()) / tokens.std(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(WHITENED))
+def test_statistics_over_a_mesh_are_those_of_the_whole_batch(name):
+    """Rows on eight devices, every group over several of them."""
+    from models.sharding import make_mesh, shard_batch, use_mesh
+
+    rng = np.random.default_rng(0)
+    rewards, groups = rng.normal(size=16).astype(np.float32), np.tile(np.arange(4), 4).astype(np.int32)
+    mask, penalty = (rng.random((16, 8)) < 0.6).astype(np.float32), rng.normal(size=(16, 8)).astype(np.float32)
+    run = jax.jit(
+        lambda r, g, m, p: advantages.ADVANTAGES[name](r, g, m, num_groups=4, penalty=p, gamma=0.9)
+    )  # fmt: skip
+    mesh = make_mesh(data=8)
+    with use_mesh(mesh):
+        many = run(*shard_batch(mesh, (rewards, groups, mask, penalty)))
+    np.testing.assert_allclose(np.asarray(many), run(rewards, groups, mask, penalty), atol=1e-5)

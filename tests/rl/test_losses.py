@@ -235,3 +235,14 @@ def test_loss_and_gradient_equal_stored_trl(variant):
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(data["logp"]))
     np.testing.assert_allclose(value, data[f"loss_{variant}"], rtol=1e-5)
     np.testing.assert_allclose(gradient, data[f"gradient_{variant}"], rtol=1e-4, atol=1e-7)
+
+
+def test_r1_searcher_mask_number():
+    """arXiv 2505.17005, section 5: ratios 1, 1.3, .9, 1 with A = .5 and a tool's token at 2: .533333, not .5125."""
+    logp, advantage = jnp.log(jnp.array([[1.0, 1.3, 0.9, 1.0]])), jnp.full((1, 4), 0.5)
+    for mask, expected in (([[1.0, 1.0, 0.0, 1.0]], 0.533333), ([[1.0] * 4], 0.5125)):
+        mask = jnp.array(mask)
+        value, _ = losses.policy_loss(logp, jnp.zeros((1, 4)), advantage, mask, clip_low=0.2, clip_high=0.2)
+        for aggregation in ("sequence", "token"):
+            loss = losses.numerator(value, mask, aggregation) / losses.denominator(mask, aggregation)
+            assert -float(loss) == pytest.approx(expected, abs=1e-5)
