@@ -20,7 +20,7 @@ from rl.trajectory import Status
 
 KINDS = ("r1_searcher_pp", "r1_searcher", "simple_deep_searcher")
 REFLECTION = re.compile(r"\b(?:alternatively|wait|hmm+)\b", re.IGNORECASE)
-_ROLE = re.compile(r"(?im)^\s*(?:assistant|user|system|human)\s*(?::|$)|<\|(?:im_start|start_header_id)\|>")
+_ROLE = re.compile(r"(?im)^[ \t]*(?:assistant|user|system|human)[ \t]*(?::|$)|<\|(?:im_start|start_header_id)\|>")
 _PLAIN = frozenset(".,;:!?'\"()-")
 
 
