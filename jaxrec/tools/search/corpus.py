@@ -147,8 +147,10 @@ def _parse_json(text: str) -> Passage:
         raise _Bad("missing id", "field 'id' or '_id' is a text or a whole number")
     title, body = entry.get("title", ""), entry.get("text")
     if body is None and isinstance(entry.get("contents"), str):
-        head, _, body = entry["contents"].partition("\n")
-        title = title or head.strip().strip('"')
+        body = entry["contents"]
+        if not title and "\n" in body:
+            head, _, body = body.partition("\n")
+            title = head.strip().strip('"')
     if not isinstance(title, str) or not isinstance(body, str):
         raise _Bad("missing text", "fields 'title' and 'text', or 'contents', are texts")
     return Passage(str(id), title, body)
