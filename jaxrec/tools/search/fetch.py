@@ -16,6 +16,7 @@ from jaxrec.tools.search.pages import PageError, decode_page, html_text
 
 _HTML = ("text/html", "application/xhtml+xml")
 _PLAIN = ("text/plain",)
+_TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("::/96"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +131,7 @@ class Fetcher:
         ip = getattr(ip, "ipv4_mapped", None) or ip
         if any(ip.version == network.version and ip in network for network in self._allowed):
             return True
-        embedded = getattr(ip, "sixtofour", None) or (getattr(ip, "teredo", None) or (None, None))[1]
-        return ip.is_global and not ip.is_multicast and (embedded is None or embedded.is_global)
+        return ip.is_global and not ip.is_multicast and all(inner.is_global for inner in _embedded(ip))
 
     async def _may_read(self, url: str) -> bool:
         """By robots.txt (RFC 9309): yes where there is none, no where the server fails to say."""
@@ -159,6 +159,16 @@ class Fetcher:
             rules.parse(body.decode("utf-8", "replace").splitlines())
         rules.allow_all, rules.disallow_all = 300 <= status < 500, status >= 500
         return rules
+
+
+def _embedded(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """IPv4 addresses to which an IPv6 address may be translated on its way (6to4, Teredo, NAT64, IPv4-compatible)."""
+    if ip.version == 4:
+        return []
+    found = [ip.sixtofour, *(ip.teredo or ())]
+    if any(ip in prefix for prefix in _TRANSLATED):
+        found.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+    return [inner for inner in found if inner is not None]
 
 
 def _readable(kind: str, charset: str | None, body: bytes) -> str:

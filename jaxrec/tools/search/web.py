@@ -9,6 +9,7 @@ import asyncio
 import collections
 import dataclasses
 import email.utils
+import functools
 import hashlib
 import json
 import os
@@ -85,7 +86,10 @@ class WebSearch:
     """
 
     def __init__(self, settings: WebSettings, fetch: FetchSettings | None = _FETCH):
+        import httpx
+
         self.settings, self.fetch = settings, fetch
+        self._certificates = httpx.create_ssl_context()  # slow to make
         self._key = _read_key(settings.key_env)
         self._lock, self._next = threading.Lock(), 0.0
         self._robots: dict = {}
@@ -118,12 +122,10 @@ class WebSearch:
 
         s = self.settings
         end = time.monotonic() + s.deadline_s
+        client = functools.partial(httpx.AsyncClient, verify=self._certificates, timeout=s.timeout_s)
         # No connection is kept for a next page: two hosts at one address must not share one.
-        limits = httpx.Limits(max_keepalive_connections=0)
-        async with (
-            httpx.AsyncClient(timeout=s.timeout_s, follow_redirects=False) as endpoint,
-            httpx.AsyncClient(timeout=s.timeout_s, follow_redirects=False, trust_env=False, limits=limits) as outside,
-        ):
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with client() as endpoint, client(trust_env=False, limits=limits) as outside:
             fetcher = Fetcher(outside, self.fetch, self._robots) if self.fetch else None
             slots = asyncio.Semaphore(s.concurrency)
             return await asyncio.gather(*(self._one(q, k, endpoint, fetcher, slots, end) for q in queries))

@@ -34,7 +34,7 @@ def test_a_failure_is_no_empty_result():
     assert failed.passages is None
     assert not Result(()).failed
     for wrong in ({"passages": None}, {"passages": None, "kind": "odd", "error": "x"}, {"passages": (), "error": "x"}):
-        with pytest.raises(ValueError, match="failed|failure"):
+        with pytest.raises(ValueError, match=r"failed|failure"):
             Result(**wrong)
     with pytest.raises(ValueError, match="not stored"):
         to_json(failed)
