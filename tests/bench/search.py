@@ -6,8 +6,8 @@ Passages are 60 words drawn by Zipf's law from 100,000, queries 6 words of one p
 seconds and memory at the peak (by which the process grew) of the store and of BM25's index, and their size on disk, per
 million passages. ``bm25``: ours with the passages read, bm25s' own retrieval of numbers alone, and one query at a time
 over lists of (passage, score) in plain Python. ``dense``: vectors of width 384, ours with all queries in one call on
-JAX's devices, numpy one query at a time, and numpy with all of them. Sides take turns; the fastest of each counts, by wall clock and
-by CPU seconds of all threads, which say more where the machine is shared.
+JAX's devices, numpy one query at a time, and numpy with all of them. Sides take turns; the fastest of each counts, by
+wall clock and by CPU seconds of all threads, which say more where the machine is shared.
 """
 
 import argparse
@@ -68,7 +68,8 @@ def build(folder: Path, count: int):
     per_million = 1e6 / count / 1e9
     table = [
         {
-            "index": name, "passages": count, "CPU_s_per_million": seconds * 1e6 / count, "peak_GB_per_million": peak * per_million,
+            "index": name, "passages": count, "CPU_s_per_million": seconds * 1e6 / count,
+            "peak_GB_per_million": peak * per_million,
             "disk_GB_per_million": sum(f.stat().st_size for f in path.iterdir()) * per_million,
         }
         for name, seconds, peak, path in rows

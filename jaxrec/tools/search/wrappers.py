@@ -26,7 +26,8 @@ _LATE_BATCHES = 4  # of worker threads that may still hang in earlier batches
 
 @dataclasses.dataclass
 class Counts:
-    """Since the tool was made. queries = duplicates (of another query of their batch) + hits + calls + bad queries.
+    """Since the tool was made. queries = duplicates (of another query of their batch) + hits + calls + bad queries, and
+    in replay misses in place of calls.
 
     hits: answered from the cache. calls: handed to the backend. empty: calls that found nothing. failures: queries by
     kind, duplicates included.
@@ -83,7 +84,12 @@ class ResultCache:
     def get(self, backend: str, query: str, k: int) -> Result | None:
         """The stored result, or None. ``query`` is normalised already."""
         place = self._places.get(_key(backend, query, k))
-        return None if place is None else from_json(json.loads(os.pread(self._file, place[1], place[0])))
+        if place is None:
+            return None
+        record = json.loads(os.pread(self._file, place[1], place[0]))
+        if (record["backend"], record["query"], record["k"]) != (backend, query, k):
+            raise ValueError(f"{self.path} was changed by something that does not append to it; open it anew")
+        return from_json(record)
 
     def put(self, backend: str, query: str, k: int, result: Result) -> None:
         """Store a result. Raises ValueError for a failed one, OSError where the disk refuses."""
