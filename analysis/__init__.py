@@ -82,6 +82,7 @@ _EXPORTS = {
     "steer": "steering",
     "token_weight": "experts",
     "top_heads": "heads",
+    "whole_layers": "heads",
     "window_effects": "contributions",
     "write_neurons": "neuron_file",
 }

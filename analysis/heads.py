@@ -196,14 +196,24 @@ def check_heads(heads: Iterable[Head], layers: int, num_heads: int) -> None:
             )
 
 
-def top_heads(scores: np.ndarray, k: int) -> tuple[Head, ...]:
+def whole_layers(config: Config, length: int) -> tuple[int, ...]:
+    """Layers in which the last of ``length`` tokens sees all others: those without a sliding window, or with one of at
+    least that many tokens. Heads of the others rank the last documents first, whatever is asked."""
+    return tuple(i for i, slides in enumerate(config.slides) if not slides or config.sliding_window >= length)
+
+
+def top_heads(scores: np.ndarray, k: int, layers: Sequence[int] | None = None) -> tuple[Head, ...]:
     """The k best (layer, head) of scores float [L, N], best first, equal ones by layer and head (arXiv 2505.10063,
-    Eq. 3; the order of ties is our choice). Raises ValueError for k below 1 or above L N."""
+    Eq. 3; the order of ties is our choice). layers: those to choose from; None: all. Raises ValueError for k below 1
+    or above the number of heads there are."""
     scores = np.asarray(scores, np.float64)
-    if not 1 <= k <= scores.size:
-        raise ValueError(f"k={k} heads: must lie between 1 and the model's {scores.size} heads")
-    best = np.argsort(-scores.reshape(-1), kind="stable")[:k]
-    return tuple((int(i) // scores.shape[1], int(i) % scores.shape[1]) for i in best)
+    among = sorted(range(len(scores)) if layers is None else set(layers))
+    if not 1 <= k <= len(among) * scores.shape[1]:
+        whose = "the model's" if layers is None else "the"
+        of = "" if layers is None else f" of layers {among}, which see whole prompts"
+        raise ValueError(f"k={k} heads: must lie between 1 and {whose} {len(among) * scores.shape[1]} heads{of}")
+    best = np.argsort(-scores[among].reshape(-1), kind="stable")[:k]
+    return tuple((among[int(i) // scores.shape[1]], int(i) % scores.shape[1]) for i in best)
 
 
 # --- Files of heads --------------------------------------------------------------------------------------------------
@@ -241,12 +251,12 @@ class HeadSet:
         return len(self.validation)
 
 
-def head_set(scores: HeadScores, k: int, model: str, stage: str = "") -> HeadSet:
-    """The k best heads of eta (:func:`top_heads`) with what a file must say of them. Raises ValueError without samples,
-    and where one of the k never looked at a document."""
+def head_set(scores: HeadScores, k: int, model: str, stage: str = "", layers: Sequence[int] | None = None) -> HeadSet:
+    """The k best heads of eta (:func:`top_heads`, in ``layers``) with what a file must say of them. Raises ValueError
+    without samples, and where one of the k never looked at a document."""
     if not scores.samples:
         raise ValueError("no validation samples were added, so no head is better than another")
-    heads = top_heads(scores.eta, k)
+    heads = top_heads(scores.eta, k, layers)
     for head in heads:
         if scores.degenerate[head] == len(scores.samples):
             raise ValueError(

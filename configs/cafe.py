@@ -29,7 +29,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
     c.data.format = "squad"  # of files: squad, hotpot or jsonl, see jaxrec.data.documents
     c.data.path = ""  # the file of test questions
     c.data.validation = ""  # the file of the questions that choose heads; "" takes other questions of data.path
-    c.data.documents = 40  # of a prompt; 0: as many as a file of hotpot or jsonl has
+    c.data.documents = 32  # of a prompt; 0: as many as a file of hotpot or jsonl has
     c.data.same = 8  # of the world: passages about the question's subject that do not answer it
     c.data.similar = 4  # of the world: passages about similarly named subjects, at most
 
@@ -44,12 +44,12 @@ def get_config(variant: str = "demo") -> ConfigDict:
 
     c.detect = ConfigDict()
     c.detect.samples = 100  # validation questions of each stage; the paper gives no number
-    c.detect.coarse_heads = 4  # K1
+    c.detect.coarse_heads = 2  # K1; heads of layers with a short window are not chosen
     c.detect.fine_heads = 2  # K2, in the paper 1 to 4
     c.detect.aggregation = "mass"  # of attention over a document's tokens: mass, or mean_over_doc_tokens
 
     c.filter = ConfigDict()
-    c.filter.per_head = 4  # M1
+    c.filter.per_head = 5  # M1
     c.filter.order = "ascending"  # the best document last; or original, random
 
     c.steer = ConfigDict()
@@ -86,6 +86,8 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.evaluate.update({"samples": 10, "batch_size": 8, "random_draws": 1})
     if variant == "files":
         c.data.update({"source": "files", "documents": 50, "same": 0, "similar": 0})
+        c.detect.coarse_heads = 4
+        c.filter.per_head = 4
         c.prompt.update(
             {
                 "system": "Answer the question from the documents. Give only the answer.\n\n",

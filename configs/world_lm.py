@@ -3,12 +3,16 @@
 jaxrec run --config=configs/world_lm.py:dense
 jaxrec run --config=configs/world_lm.py:moe      16 experts, for what prunes experts
 jaxrec run --config=configs/world_lm.py:conflict also reads passages that contradict what it knows
-jaxrec run --config=configs/world_lm.py:reader   for up to twelve passages; does not find the right one yet
+jaxrec run --config=configs/world_lm.py:reader   finds the right one among two dozen passages
+jaxrec run --config=configs/world_lm.py:searcher knows half of the world's facts and reads passages, for what searches
 """
 
 from ml_collections import ConfigDict
 
-VARIANTS = ("dense", "moe", "moe_even", "reader", "conflict", "tiny", "tiny_moe", "tiny_reader", "tiny_conflict")
+VARIANTS = (
+    "dense", "moe", "moe_even", "reader", "conflict", "searcher", "tiny", "tiny_moe", "tiny_reader", "tiny_conflict",
+    "tiny_searcher",
+)  # fmt: skip
 
 
 def get_config(variant: str = "dense") -> ConfigDict:
@@ -64,11 +68,26 @@ def get_config(variant: str = "dense") -> ConfigDict:
     if variant in ("reader", "tiny_reader"):
         # Subjects and facts of training prompts are made up anew for each, so that only passages can answer. At most
         # ``distractors`` of them are about the subject without the answer, and about similarly named ones.
-        c.world.update({"internal": 0.02, "both": 0.0, "titles": 0, "documents": (1, 12)})
-        c.world.distractors = (3, 2)
-        c.text.update({"domains": ("reading",), "per_domain": 24000, "length": 288})
+        c.world.update({"internal": 0.02, "both": 0.0, "titles": 0, "documents": (1, 24)})
+        c.world.distractors = (4, 3)
+        c.text.update({"domains": ("reading",), "per_domain": 8000, "length": 576})
         c.text.prompt_weight = 0.05  # of tokens that are no answer: titles that come again teach to look back
-        c.train.update({"steps": 900, "batch_size": 16})
+        # Runs of drawn words said twice, beside the questions, and layers that see few tokens in every other place:
+        # with both, looking back for the same words is learned in hundreds of steps, with neither not in thousands.
+        c.text.repeats = 30000
+        c.model.window = 6
+        c.train.update({"steps": 1200, "batch_size": 8, "lr": 3e-3, "muon_lr": 0.0})
+    if variant in ("searcher", "tiny_searcher"):
+        # Facts of half of the subjects are learned by heart. Those of the passages that it learns to read are made up
+        # anew for each prompt, so that the other half stays unknown.
+        c.world.update({"internal": 0.5, "both": 0.5, "titles": 0, "documents": (1, 4)})
+        c.world.distractors = (1, 1)
+        c.text.update({"domains": ("facts", "reading"), "statements": 8000})
+        c.text.prompt_weight = 0.05
+        c.text.repeats = 16000
+        c.text.search = True  # the tokenizer knows the tags of the search systems
+        c.model.window = 6
+        c.train.update({"steps": 1200, "lr": 3e-3, "muon_lr": 0.0})
     if variant in ("conflict", "tiny_conflict"):
         c.world.titles = 300
         # Narrow attention and wide MLPs, so that facts are kept in neurons rather than in what attention carries.
@@ -82,9 +101,13 @@ def get_config(variant: str = "dense") -> ConfigDict:
     if variant.startswith("tiny"):  # seconds: for tests
         c.world.update({"scale": "tiny", "titles": 40})
         c.text.update({"per_domain": 200, "statements": 100})
+        if "repeats" in c.text:
+            c.text.repeats = 100
         c.model.update({"dim": 32, "layers": 2, "heads": 2, "head_dim": 16, "ffn_dim": 32})
         c.train.update({"steps": 8, "batch_size": 8, "save_every": 4})
         c.evaluate.samples = 24
     if variant == "tiny_reader":
         c.world.update({"internal": 0.3, "titles": 0})
+    if variant == "tiny_searcher":
+        c.world.titles = 0
     return c

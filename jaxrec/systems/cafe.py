@@ -312,12 +312,13 @@ def detect(this: Run) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     asked = this.questions
     if not (folder / "coarse.json").exists():
-        alpha = attention(this, make_prompts(this, asked["coarse"], _whole(asked["coarse"])))
+        prompts = make_prompts(this, asked["coarse"], _whole(asked["coarse"]))
+        alpha = attention(this, prompts)
         found = _scores(
             this, alpha, [q.gold for q in asked["coarse"]], [q.id for q in asked["coarse"]],
             [len(q.documents) for q in asked["coarse"]],
         )  # fmt: skip
-        _save(this, folder, found, c.coarse_heads, "coarse", 0)
+        _save(this, folder, found, c.coarse_heads, "coarse", 0, prompts)
     if not (folder / "fine.json").exists():
         alpha = attention(this, make_prompts(this, asked["fine"], _whole(asked["fine"])))
         kept = filtered(this, asked["fine"], alpha, this.heads("coarse").heads, this.config.filter.order)
@@ -329,16 +330,28 @@ def detect(this: Run) -> None:
                 "filter.per_head or detect.coarse_heads"
             )
         questions, orders = (list(part) for part in zip(*pairs))
-        alpha = attention(this, make_prompts(this, questions, orders))
+        prompts = make_prompts(this, questions, orders)
+        alpha = attention(this, prompts)
         gold = [[order.index(i) for i in q.gold if i in order] for q, order in pairs]
         found = _scores(this, alpha, gold, [q.id for q in questions], [len(order) for order in orders])
-        _save(this, folder, found, c.fine_heads, "fine", lost)
+        _save(this, folder, found, c.fine_heads, "fine", lost, prompts)
     finding.check_head_sets(this.heads("coarse"), this.heads("fine"), [q.id for q in asked["test"]])
 
 
-def _save(this: Run, folder: Path, found: finding.HeadScores, k: int, stage: str, lost: int) -> None:
-    chosen = finding.head_set(found, k, this.name, stage)
-    np.savez(folder / f"{stage}.npz", eta=found.eta / len(found.samples), degenerate=found.degenerate, lost=lost)
+def _save(
+    this: Run, folder: Path, found: finding.HeadScores, k: int, stage: str, lost: int, prompts: Sequence[Prompt]
+) -> None:
+    layers = finding.whole_layers(this.model.config, max(len(p.tokens) for p in prompts))
+    if not layers:
+        raise ValueError("every layer of the model has a sliding window that is shorter than the prompts")
+    chosen = finding.head_set(found, k, this.name, stage, layers)
+    np.savez(
+        folder / f"{stage}.npz",
+        eta=found.eta / len(found.samples),
+        degenerate=found.degenerate,
+        lost=lost,
+        layers=layers,
+    )
     draft = folder / f".{stage}.json"
     finding.save_head_set(draft, chosen)
     draft.replace(folder / f"{stage}.json")
@@ -456,9 +469,11 @@ def evaluate(this: Run) -> judging.SeedResult:
 
 
 def _random_heads(this: Run, coarse: Heads) -> list[list[finding.Head]]:
-    """As many heads as H1 has, drawn among all others (among all, where there are too few others)."""
-    config = this.model.config
-    everything = [(layer, head) for layer in range(config.layers) for head in range(config.heads)]
+    """As many heads as H1 has, drawn among the others that H1 was chosen from (among all these, where there are too
+    few others)."""
+    with np.load(this.folder / "heads" / "coarse.npz", allow_pickle=False) as stored:
+        layers = stored["layers"].tolist()
+    everything = [(layer, head) for layer in layers for head in range(this.model.config.heads)]
     others = [head for head in everything if head not in coarse]
     pool = others if len(others) >= len(coarse) else everything
     rng = np.random.Generator(np.random.PCG64([this.seed, 29]))

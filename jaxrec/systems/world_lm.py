@@ -19,7 +19,7 @@ import numpy as np
 import models
 from jaxrec.config import UsageError, resolve_config, save_config, to_json, write_atomic
 from jaxrec.data.pipeline import batches
-from jaxrec.tools.world_model import arrays, judge, new_model, rows_at_home, training_rows
+from jaxrec.tools.world_model import arrays, judge, new_model, rows_at_home, search_phrases, training_rows
 from jaxrec.world import SCALES, generate, world_config
 from jaxrec.world.texts import DOMAINS, Texts
 from models.sharding import make_mesh
@@ -103,13 +103,14 @@ def train(config: Any, workdir: Path) -> Path:
     texts, t = make_texts(config), config.train
     sizes = config.mesh.to_dict()
     mesh = make_mesh(**sizes) if set(sizes.values()) != {1} else None
-    model = new_model(texts, config.model.to_dict(), config.model.max_len, config.seed)
+    more = search_phrases() if config.text.get("search", False) else ()
+    model = new_model(texts, config.model.to_dict(), config.model.max_len, config.seed, more)
     x, home = config.text, t.get("domain_experts", 0)
     options = texts, model.tokenizer, x.per_domain, x.statements, x.length, config.seed, x.domains
     if home:
         rows = rows_at_home(*options, config.model.experts, home)
     else:
-        rows = training_rows(*options, *_conflicts(config), x.get("prompt_weight", 0))
+        rows = training_rows(*options, *_conflicts(config), x.get("prompt_weight", 0), x.get("repeats", 0))
     print(f"world_lm: {len(rows['tokens'])} rows of {config.text.length} tokens, {model.config.num_params():,} weights")
     params = models.init(model.config, jax.random.key(config.seed), mesh=mesh)
     settings = SFTConfig(

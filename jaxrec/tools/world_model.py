@@ -13,19 +13,32 @@ import numpy as np
 
 import models
 from jaxrec.data.packing import pack
+from jaxrec.world.encyclopaedia import RELATIONS
 from jaxrec.world.texts import DOMAINS, Sample, Texts
 from models.generation import pad_rows
 from models.hf import Model
+from rl.envs.tags import BOX, STYLES
 
 _MARKS = (
     "Question:", "\nQuestion:", "\nAnswer:", "Passage:", "\nPassage:", "Seeker:", "\nRecommender:", "\n", ".", ",", "?",
 )  # fmt: skip
 
 
-def world_tokenizer(texts: Texts):
-    """Every word of the world with the space before it is one token, and so is every mark of its formats."""
+def world_tokenizer(texts: Texts, more: Sequence[str] = ()):
+    """Every word of the world with the space before it is one token, and so is every mark of its formats, and each of
+    ``more``."""
     digits = [f" {d}" for d in range(10)]
-    return models.build_word_tokenizer([*_MARKS, *digits, *(f" {word}" for word in texts.words)])
+    return models.build_word_tokenizer([*_MARKS, *digits, *(f" {word}" for word in texts.words), *more])
+
+
+def search_phrases() -> list[str]:
+    """What the tokenizer of a model that searches knows beside the world's words: tags, and words of its questions."""
+    phrases = [f"{BOX}{{", f" {BOX}{{", " }"]
+    for style in STYLES.values():
+        phrases += [f" {tag}" for tag in style.tags if not tag.startswith(style.result_open)]
+        gap = "\n" if style.lines else ""
+        phrases += [f"\n\n{style.result_open}{gap}", f"{gap}{style.result_close}\n\n"]
+    return [*phrases, *(f" {word}" for word in (*RELATIONS, "What", "is", "the", "of", "So"))]
 
 
 def encode(tokenizer, sample: Sample) -> tuple[list[int], int]:
@@ -38,9 +51,10 @@ def encode(tokenizer, sample: Sample) -> tuple[list[int], int]:
 def training_rows(
     texts: Texts, tokenizer, per_domain: int, statements: int, length: int, seed: int,
     domains: Sequence[str] = DOMAINS, conflicts: int = 0, conflict_share: float = 0.5, prompt_weight: float = 0,
+    repeats: int = 0,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Packed rows of ``per_domain`` questions of every domain, whose answers are learned, of ``statements`` of internal
-    facts, which are learned whole, and of ``conflicts`` (see ``Texts.conflicts``); in random order. prompt_weight: in
+    facts, which are learned whole, of ``conflicts`` and ``repeats`` (see ``Texts``); in random order. prompt_weight: in
     the loss, of tokens of passages and questions, where an answer's count 1."""
     rng = np.random.Generator(np.random.PCG64([seed, 7]))
     samples = [s for domain in domains for s in texts.sample(domain, "train", rng, per_domain)]
@@ -48,10 +62,12 @@ def training_rows(
         samples += texts.statements(rng, statements)
     if conflicts:
         samples += texts.conflicts("train", rng, conflicts, conflict_share)
+    samples += texts.repeats(rng, repeats)
     rows, (asked,) = [], tokenizer.encode("?")
     for i in rng.permutation(len(samples)):
         ids, start = encode(tokenizer, samples[i])
-        rows.append((ids[:length], _learned(ids, start, prompt_weight, tokenizer.eos_ids[0], asked)))
+        marks = _learned(ids, start, prompt_weight, tokenizer.eos_ids[0], asked)
+        rows.append((ids[:length], marks[:length]))
     return pack(rows, length)
 
 
@@ -83,15 +99,22 @@ def _learned(ids: Sequence[int], start: int, weight: float, end: int, asked: int
     return out
 
 
-def new_model(texts: Texts, sizes: dict[str, Any], max_len: int, seed: int) -> Model:
-    """Random weights of the given sizes: a Qwen3, or with ``experts`` a Qwen3-MoE."""
+def new_model(texts: Texts, sizes: dict[str, Any], max_len: int, seed: int, more: Sequence[str] = ()) -> Model:
+    """Random weights of the given sizes: a Qwen3, or with ``experts`` a Qwen3-MoE. A ``window`` is the number of tokens
+    that every other layer sees, the first one included."""
     tokenizer = world_tokenizer(texts)
     experts = {name: sizes[name] for name in ("experts", "top_k")} if sizes["experts"] else {}
+    window: dict[str, Any] = {}
+    if sizes.get("window"):
+        window = {
+            "sliding_window": sizes["window"],
+            "sliding_layers": tuple(i % 2 == 0 for i in range(sizes["layers"])),
+        }
     config = models.Config(
         family="qwen3_moe" if experts else "qwen3", vocab_size=tokenizer.vocab_size, dim=sizes["dim"],
         layers=sizes["layers"], heads=sizes["heads"], kv_heads=sizes["heads"], head_dim=sizes["head_dim"],
         ffn_dim=sizes["ffn_dim"], qk_norm=True, tie_embeddings=True, eos_ids=tuple(tokenizer.eos_ids), max_len=max_len,
-        norm_topk=bool(experts), **experts,
+        norm_topk=bool(experts), **experts, **window,
     )  # fmt: skip
     return Model(config, models.init(config, jax.random.key(seed)), tokenizer)
 

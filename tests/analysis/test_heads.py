@@ -27,6 +27,7 @@ from analysis.heads import (
     question_attention,
     save_head_set,
     top_heads,
+    whole_layers,
 )
 from models import Config, attention
 from models.layout import decode_weights
@@ -182,6 +183,19 @@ def test_sizes_and_order_of_what_is_kept(rng):
 
 def test_heads_that_look_alike_come_in_order():
     assert top_heads(np.array([[1.0, 2.0], [2.0, 0.0]]), 3) == ((0, 1), (1, 0), (0, 0))
+
+
+def test_heads_that_cannot_see_all_documents_are_not_chosen():
+    scores = np.array([[9.0, 8.0], [1.0, 2.0], [7.0, 7.0], [3.0, 0.0]])
+    config = Config(
+        vocab_size=8, dim=8, layers=4, heads=2, kv_heads=2, head_dim=4, ffn_dim=8, sliding_window=16,
+        sliding_layers=(True, False, True, False),
+    )  # fmt: skip
+    assert whole_layers(config, 17) == (1, 3)
+    assert whole_layers(config, 16) == (0, 1, 2, 3)
+    assert top_heads(scores, 3, whole_layers(config, 17)) == ((3, 0), (1, 1), (1, 0))
+    with pytest.raises(ValueError, match="4 heads of layers"):
+        top_heads(scores, 5, whole_layers(config, 17))
 
 
 # --- The planted head -------------------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def test_every_stage_leaves_what_it_says(done, this):
         assert all(sample.startswith(stage) for sample in heads.validation)
         with np.load(folder / "heads" / f"{stage}.npz") as stored:
             assert stored["eta"].shape == shape
-            assert np.isclose(stored["eta"].max(), heads.values[0] / heads.samples)
+            assert np.isclose(stored["eta"][stored["layers"]].max(), heads.values[0] / heads.samples)
+            assert stored["layers"].tolist() == [1]  # the first layer sees six tokens
     with np.load(folder / "filter" / "alpha.npz") as stored:
         assert stored["alpha"].shape[:3] == (10, *shape)
     kept = read(folder / "filter" / "documents.jsonl")

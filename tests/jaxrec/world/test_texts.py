@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxrec.tools.world_model import arrays, encode, training_rows, world_tokenizer
+from jaxrec.tools.world_model import arrays, encode, new_model, training_rows, world_tokenizer
 from jaxrec.world import generate, world_config
 from jaxrec.world.encyclopaedia import RELATIONS, facts, passage
 from jaxrec.world.texts import DOMAINS, Texts
@@ -124,3 +124,24 @@ def test_bad_input(texts, world):
         texts.sample("poems", "train", rng(), 1)
     with pytest.raises(ValueError, match="no internal facts"):
         Texts(world, internal=0.0, both=0.0)
+
+
+def test_repeats_say_a_run_of_words_twice(texts):
+    found = texts.repeats(rng(), 50, (3, 5))
+    assert {len(s.answer.split()) for s in found} == {3, 4, 5}
+    assert all(s.prompt == s.answer for s in found)
+    assert len({s.answer for s in found}) == 50
+    tokenizer = world_tokenizer(texts)
+    for sample in found:  # every word is one token, in both copies
+        ids, start = encode(tokenizer, sample)
+        assert ids[:start] == ids[start:-1]
+        assert start == len(sample.prompt.split()) + 1
+    rows = training_rows(texts, tokenizer, 4, 0, 64, 0, ("reading",), prompt_weight=0.25, repeats=8)
+    assert set(np.unique(rows["mask"]).tolist()) == {0.0, 0.25, 1.0}
+
+
+def test_a_window_is_that_of_every_other_layer(texts):
+    sizes = {"dim": 16, "layers": 3, "heads": 2, "head_dim": 8, "ffn_dim": 16, "experts": 0, "top_k": 0}
+    assert new_model(texts, sizes, 64, 0).config.sliding_window is None
+    config = new_model(texts, {**sizes, "window": 6}, 64, 0).config
+    assert (config.sliding_window, config.sliding_layers) == (6, (True, False, True))
