@@ -16,8 +16,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from jaxrec.data.qa import Question, check_ids
 from jaxrec.evaluate.answers import last_boxed
-from jaxrec.tools.rollouts import SEARCH_TAGS, Rollout, TagStyle
+from jaxrec.tools.rollouts import Rollout
 from jaxrec.tools.samples import Sample, rewrite_answer, to_sample
+from rl.envs.tags import SIMPLE_DEEP_SEARCHER, TagStyle
 
 REFLECTIONS = ("alternatively", "hmm", "wait")
 _NO_CORRECT = 100  # fewest searches of a question without a correct rollout, in the released code
@@ -66,7 +67,7 @@ class CurationConfig:
     official_check: bool = False
     reject_cjk: bool = True
     think_close: str = "</think>"
-    tags: TagStyle = SEARCH_TAGS
+    tags: TagStyle = SIMPLE_DEEP_SEARCHER
     seed: int = 42
 
     def __post_init__(self):
@@ -106,9 +107,9 @@ def has_bad_marker(text: str, tags: TagStyle, think_close: str = "</think>", max
     as in <external>, counts only where a bracket touches it."""
     if think_close and text.count(think_close) > max_thinks:
         return True
-    for tag in tags.all:
+    for tag in tags.exchange:
         text = text.replace(tag, "\0")
-    names = {tag.strip("<|>/") for tag in tags.all}
+    names = {tag.strip("<|>/") for tag in tags.exchange}
     return any(
         name in text if "_" in name else re.search(rf"<\s*/?\s*{re.escape(name)}\b|\b{re.escape(name)}\|?>", text)
         for name in names
@@ -118,7 +119,7 @@ def has_bad_marker(text: str, tags: TagStyle, think_close: str = "</think>", max
 def is_valid_history(segments: Sequence[tuple[str, str]], tags: TagStyle, think_close: str = "</think>") -> bool:
     """Whether every turn is one of: the policy's query at the end of a turn, the tool's result, the policy's last turn
     with one ``think_close``. A result that the policy wrote is none of them."""
-    marks = [mark for mark in (*tags.all, think_close) if mark]
+    marks = [mark for mark in (*tags.exchange, think_close) if mark]
     clean = lambda text: not any(mark in text for mark in marks)  # noqa: E731
     for number, (author, text) in enumerate(segments, 1):
         text = text.strip()

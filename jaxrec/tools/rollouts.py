@@ -8,25 +8,9 @@ from typing import Any
 
 from jaxrec.config import write_atomic
 from jaxrec.evaluate.answers import Protocol, command_spans, last_boxed, score_answer
+from rl.envs.search import State
 
 AUTHORS = ("policy", "tool")
-
-
-@dataclasses.dataclass(frozen=True)
-class TagStyle:
-    """The four tags of a search agent: a query's, which the policy writes, and a result's, which only the tool may."""
-
-    query_open: str = "<|begin_search_query|>"
-    query_close: str = "<|end_search_query|>"
-    result_open: str = "<|begin_search_result|>"
-    result_close: str = "<|end_search_result|>"
-
-    @property
-    def all(self) -> tuple[str, ...]:
-        return (self.query_open, self.query_close, self.result_open, self.result_close)
-
-
-SEARCH_TAGS = TagStyle()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +78,18 @@ def check_reproduces(joined: str, output: str, where: str) -> None:
         raise ValueError(f"{where}: the segments do not reproduce the output: at character {at} they have {seen}")
 
 
+def from_state(state: State) -> Rollout:
+    """A finished conversation of the search environment; its last answer closes the last turn, if need be in a box."""
+    searches = tuple(
+        Search(c.query, tuple(p.url or str(p.id) for p in c.passages), tuple(p.text for p in c.passages), bool(c.error))
+        for c in state.calls
+    )
+    return Rollout(state.example.id, tuple(state.segments), searches, state.finish, prompt=state.prompt)
+
+
 def scored(rollout: Rollout, answers: Sequence[str], protocol: Protocol) -> Rollout:
     """The rollout with em, cover and f1 of its prediction."""
     return dataclasses.replace(rollout, metrics=score_answer(rollout.prediction, answers, protocol))
-
-
-def last_query(text: str, tags: TagStyle) -> str:
-    """The stripped text of the last complete pair of query tags; "" where there is none. A begin tag inside the pair
-    begins it anew."""
-    head, _, _ = text.rpartition(tags.query_close)
-    _, opening, query = head.rpartition(tags.query_open)
-    return query.partition(tags.query_close)[0].strip() if opening else ""
 
 
 def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:

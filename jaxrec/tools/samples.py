@@ -10,7 +10,8 @@ from typing import Any
 from jaxrec.config import write_atomic
 from jaxrec.data.qa import Question
 from jaxrec.evaluate.answers import command_spans
-from jaxrec.tools.rollouts import Rollout, TagStyle, check_reproduces, json_lines, last_query
+from jaxrec.tools.rollouts import Rollout, check_reproduces, json_lines
+from rl.envs.tags import TagStyle, parse_query
 
 
 def rewrite_answer(text: str, think_close: str = "</think>") -> str | None:
@@ -64,7 +65,7 @@ def to_sample(rollout: Rollout, question: Question, min_search: int, tags: TagSt
             output.append(("doc_gen", text))
             continue
         output.append(("gen", text))
-        if query := last_query(text, tags):
+        if query := parse_query(text, tags):
             output.append(("search_query", query))
             if searches and searches[0].query.strip() == query:
                 pages = searches.pop(0).passages

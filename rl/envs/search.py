@@ -32,9 +32,9 @@ class Passage(Protocol):
 
 
 class Result(Protocol):
-    """What one query brought: passages, best first, or the reason why there are none."""
+    """What one query brought: passages, best first, or the reason why there are none ("" or None: they are there)."""
 
-    passages: Sequence[Passage]
+    passages: Sequence[Passage] | None
     error: str | None
 
 
@@ -301,13 +301,13 @@ class SearchEnv:
         if len(found) != len(queries):
             raise ValueError(f"search gave {len(found)} results for {len(queries)} queries; one per query is needed")
         results = dict(zip(queries, found, strict=True))
-        good = [(i, query) for i, query in asking if results[query].error is None]
+        good = [(i, query) for i, query in asking if not results[query].error]
         passages = [tuple(results[query].passages)[: self.options.k] for _, query in good]
         for (i, query), hits, body in zip(good, passages, self._write(states, good, passages), strict=True):
             bodies[i] = body if body.strip() else NOTHING
             states[i].calls.append(Call(query, hits, self.result(bodies[i])))
         for i, query in asking:
-            if (error := results[query].error) is None:
+            if not (error := results[query].error):
                 continue
             drop = self.options.on_error == "drop"
             bodies[i] = None if drop else FAILED

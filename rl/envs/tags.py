@@ -54,6 +54,11 @@ class TagStyle:
         return tuple(tag for tag in (getattr(self, name) for name in fields) if tag)
 
     @property
+    def exchange(self) -> tuple[str, ...]:
+        """The four tags of a search: a query's, which the policy writes, and a result's, which only a tool may."""
+        return (self.query_open, self.query_close, self.result_open, self.result_close)
+
+    @property
     def answer_form(self) -> str:
         """How an answer is shown in a prompt, around "..."."""
         return f"{self.answer_open}...{self.answer_close}" if self.answer_open else f"{BOX}{{...}}"

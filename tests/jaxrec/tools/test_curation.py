@@ -23,8 +23,9 @@ from jaxrec.tools.curation import (
     is_valid_history,
     top_trigram_share,
 )
-from jaxrec.tools.rollouts import SEARCH_TAGS, Rollout, Search, TagStyle
+from jaxrec.tools.rollouts import Rollout, Search
 from jaxrec.tools.samples import to_sample
+from rl.envs.tags import SIMPLE_DEEP_SEARCHER, TagStyle
 
 QUERY = "I look it up.<|begin_search_query|>{}<|end_search_query|>"
 RESULT = "\n\n<|begin_search_result|>{}<|end_search_result|>\n\n"
@@ -169,7 +170,7 @@ def test_repetition():
     ],
 )
 def test_bad_markers(text, bad):
-    assert has_bad_marker(text, SEARCH_TAGS) is bad
+    assert has_bad_marker(text, SIMPLE_DEEP_SEARCHER) is bad
     assert ("bad marker" in why(rollout(final=f"{text} {FINAL}"))) == (bad or text == "</think></think>")
 
 
@@ -185,7 +186,7 @@ def test_bad_markers(text, bad):
     ],
 )
 def test_bad_markers_of_tags_that_are_words(text, bad):
-    tags = TagStyle("<external>", "</external>", "<document>", "</document>")
+    tags = TagStyle("other", "<external>", "</external>", "<document>", "</document>")
     assert has_bad_marker(text, tags) is bad
 
 
@@ -193,10 +194,10 @@ HISTORY = [("policy", QUERY.format("a")), ("tool", RESULT.format("b")), ("policy
 
 
 def test_valid_histories():
-    assert is_valid_history(HISTORY, SEARCH_TAGS)
-    assert is_valid_history(HISTORY[2:], SEARCH_TAGS)
-    assert is_valid_history(HISTORY[:2] * 3 + HISTORY[2:], SEARCH_TAGS)
-    assert is_valid_history([("policy", "Ann")], SEARCH_TAGS, think_close="")
+    assert is_valid_history(HISTORY, SIMPLE_DEEP_SEARCHER)
+    assert is_valid_history(HISTORY[2:], SIMPLE_DEEP_SEARCHER)
+    assert is_valid_history(HISTORY[:2] * 3 + HISTORY[2:], SIMPLE_DEEP_SEARCHER)
+    assert is_valid_history([("policy", "Ann")], SIMPLE_DEEP_SEARCHER, think_close="")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_valid_histories():
     ],
 )  # fmt: skip
 def test_invalid_histories(history):
-    assert is_valid_history(history, SEARCH_TAGS) is (history == [HISTORY[1], HISTORY[0]])
+    assert is_valid_history(history, SIMPLE_DEEP_SEARCHER) is (history == [HISTORY[1], HISTORY[0]])
 
 
 def test_a_fabricated_result_makes_a_rollout_invalid():
@@ -305,7 +306,7 @@ def test_the_final_check(changes, final, reason, switch):
 
 
 def final(a: Rollout, **changes) -> list[str]:
-    return final_faults(to_sample(a, question(), 1, SEARCH_TAGS), dataclasses.replace(CONFIG, **changes))
+    return final_faults(to_sample(a, question(), 1, SIMPLE_DEEP_SEARCHER), dataclasses.replace(CONFIG, **changes))
 
 
 def test_the_final_check_of_words_reads_the_policy_or_everything():

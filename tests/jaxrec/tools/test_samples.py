@@ -7,8 +7,9 @@ import pytest
 
 from jaxrec.data.qa import Question
 from jaxrec.evaluate.answers import R1_SEARCHER, SIMPLE_DEEP_SEARCHER
-from jaxrec.tools.rollouts import SEARCH_TAGS, Rollout, Search, last_query, read_rollouts, scored, write_rollouts
+from jaxrec.tools.rollouts import Rollout, Search, read_rollouts, scored, write_rollouts
 from jaxrec.tools.samples import read_samples, rewrite_answer, to_sample, write_samples
+from rl.envs import tags
 
 QUESTION = Question("q", "Who?", ("New York", "NY"), "test")
 ROLLOUT = Rollout(
@@ -43,24 +44,6 @@ def test_no_answer_is_taken_from_what_tools_wrote():
 
 
 @pytest.mark.parametrize(
-    ("text", "query"),
-    [
-        ("x<|begin_search_query|> a <|end_search_query|>", "a"),
-        ("<|begin_search_query|>a<|end_search_query|><|begin_search_query|>b<|end_search_query|>", "b"),
-        ("<|begin_search_query|>a<|end_search_query|> and <|end_search_query|>", "a"),
-        ("<|begin_search_query|>a<|begin_search_query|>b<|end_search_query|>", "b"),
-        ("<|begin_search_query|>a", ""),
-        ("a<|end_search_query|>", ""),
-        ("<|end_search_query|>a<|begin_search_query|>", ""),
-        ("<|begin_search_query|> <|end_search_query|>", ""),
-        ("", ""),
-    ],
-)
-def test_the_last_query(text, query):
-    assert last_query(text, SEARCH_TAGS) == query
-
-
-@pytest.mark.parametrize(
     ("text", "rewritten"),
     [
         ("T.</think>\n\nIt is \\boxed{x} indeed.", "T.</think>\n\n\\boxed{x}"),
@@ -87,7 +70,7 @@ def test_rewriting_without_an_end_of_thinking():
 
 
 def test_a_sample_keeps_every_byte_but_the_last_turn():
-    sample = to_sample(ROLLOUT, QUESTION, 1, SEARCH_TAGS)
+    sample = to_sample(ROLLOUT, QUESTION, 1, tags.SIMPLE_DEEP_SEARCHER)
     assert sample.text == ROLLOUT.text
     assert sample.segments == ROLLOUT.segments
     assert [key for key, _ in sample.output] == [
@@ -101,7 +84,7 @@ def test_a_sample_keeps_every_byte_but_the_last_turn():
         "gen",
     ]
     assert sample.output[1:3] == (("search_query", "a"), ("doc", "page one\n\npage two"))
-    short = to_sample(ROLLOUT, QUESTION, 1, SEARCH_TAGS, "END")
+    short = to_sample(ROLLOUT, QUESTION, 1, tags.SIMPLE_DEEP_SEARCHER, "END")
     assert short.segments == (*ROLLOUT.segments[:-1], ("policy", "END"))
     assert (short.input, short.answers, short.search_count) == ("Prompt: ", QUESTION.answers, 1)
 
@@ -113,7 +96,7 @@ def test_files_come_back_byte_for_byte(tmp_path):
     ]
     write_rollouts(tmp_path / "r.jsonl", rollouts)
     assert read_rollouts(tmp_path / "r.jsonl") == rollouts
-    sample = to_sample(rollouts[0], QUESTION, 1, SEARCH_TAGS)
+    sample = to_sample(rollouts[0], QUESTION, 1, tags.SIMPLE_DEEP_SEARCHER)
     samples = [sample, dataclasses.replace(sample, id="r")]
     write_samples(tmp_path / "s.jsonl", samples)
     assert read_samples(tmp_path / "s.jsonl") == samples
@@ -151,7 +134,7 @@ def test_segments_must_reproduce_the_output():
     ],
 )
 def test_rows_that_are_no_samples_are_named(tmp_path, change, message):
-    sample = to_sample(ROLLOUT, QUESTION, 1, SEARCH_TAGS)
+    sample = to_sample(ROLLOUT, QUESTION, 1, tags.SIMPLE_DEEP_SEARCHER)
     path = tmp_path / "s.jsonl"
     write_samples(path, [sample, dataclasses.replace(sample, id="r")])
     first, second = path.read_text().rstrip("\n").split("\n")
