@@ -122,7 +122,7 @@ def test_why_rows_ended(played):
         "answer": Status.FINISHED, "eos_no_answer": Status.FINISHED, "length": Status.TRUNCATED,
         "max_retrieval": Status.TURN_LIMIT, "empty_query": Status.INVALID, "tool_error": Status.ENV_ERROR,
     }  # fmt: skip
-    assert {"length", "max_retrieval", "tool_error"} <= {s.finish for s in states}
+    assert {"length", "answer", "tool_error"} <= {s.finish for s in states}
     assert trajectory.status.tolist() == [wanted[s.finish] for s in states]
 
 
