@@ -86,11 +86,17 @@ def sample_token(logits, key, temperature, top_p, top_k, truncate: bool):
     temperature 0 takes the best token. The log-probability is that of the whole distribution at ``temperature`` (at 1
     for greedy), which is what a trainer's forward computes; truncation is not folded in.
     """
+    return sample_rows(logits, jax.random.uniform(key, logits.shape[:1]), temperature, top_p, top_k, truncate)
+
+
+def sample_rows(logits, uniform, temperature, top_p, top_k, truncate: bool):
+    """:func:`sample_token` by given random numbers uniform [B]. The settings are scalars, or [B, 1] where each row has
+    its own."""
     scale = jnp.where(temperature > 0, temperature, 1.0)
     scaled = logits / scale
     top = jnp.max(scaled, axis=-1, keepdims=True)
     allowed = _truncate(scaled, top_p, top_k) if truncate else scaled
-    drawn = _pick(jnp.exp(allowed - top), jax.random.uniform(key, logits.shape[:1]))
-    tokens = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    drawn = _pick(jnp.exp(allowed - top), uniform)
+    tokens = jnp.where(jnp.ravel(temperature) > 0, drawn, jnp.argmax(logits, axis=-1).astype(jnp.int32))
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(scaled, axis=-1)

@@ -121,7 +121,7 @@ def _read(cache: jax.Array | Quantized, view: int, dtype: str) -> jax.Array:
     return cache[:, :, :view].astype(dtype)
 
 
-def _run(weights, config: Config, session: Session, tokens, counts, view: int, hooks: _Hooks):
+def run_tokens(weights, config: Config, session: Session, tokens, counts, view: int, hooks: _Hooks):
     """Run tokens [B, T] (the first counts[b] of row b are real) behind each row; returns the session, with records,
     and hidden."""
     B, T = tokens.shape
@@ -201,7 +201,7 @@ def _prefill(weights, tokens, lengths, hooks, *, config, size, repeat, routing, 
     )
     if routing:
         session = session.replace(routing=jnp.full((B, T, config.moe_layers, config.top_k), -1, jnp.int16))
-    session, hidden = _run(weights, config, session, tokens, lengths, T, hooks)
+    session, hidden = run_tokens(weights, config, session, tokens, lengths, T, hooks)
     session, records = (
         session.replace(logits=_last_logits(weights, config, hidden, lengths), records={}),
         session.records,
@@ -269,7 +269,7 @@ def prefill(
 @functools.partial(jax.jit, static_argnames=("config", "view"), donate_argnums=1)
 def _extend(weights, session, tokens, counts, hooks, *, config, view):
     old = session.logits
-    session, hidden = _run(weights, config, session, tokens, counts, view, hooks)
+    session, hidden = run_tokens(weights, config, session, tokens, counts, view, hooks)
     logits = _last_logits(weights, config, hidden, counts)
     return session.replace(logits=jnp.where(counts[:, None] > 0, logits, old))
 
@@ -319,7 +319,7 @@ def _decode(
     )  # fmt: skip
 
     def run(session, token, active):
-        session, hidden = _run(weights, config, session, token[:, None], active.astype(jnp.int32), view, hooks)
+        session, hidden = run_tokens(weights, config, session, token[:, None], active.astype(jnp.int32), view, hooks)
         return session.replace(records={}), hidden, session.records
 
     if hooks.keep:
