@@ -13,9 +13,10 @@ from typing import Any
 
 from absl import flags
 
-from jaxrec import __version__
+from jaxrec import __version__, serve_command
 from jaxrec import config as config_lib
 from jaxrec.config import UsageError, nearest
+from jaxrec.config_docs import config_tree
 from jaxrec.machine import join, optional_parts, wait
 from jaxrec.systems import RECIPES, SYSTEMS, System, built
 
@@ -26,7 +27,7 @@ _EXPECTED = (ValueError, OSError, ImportError, FloatingPointError, MemoryError)
 # What glibc must know before a process begins: large arrays go on huge pages, and freed memory is kept for the next
 # step. Without it a training step on CPU takes a fifth to a half longer.
 _ALLOCATOR = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=1073741824"
-_COMPUTING = ("run", "demo", "generate")
+_COMPUTING = ("run", "demo", "generate", "serve")
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _run(words: list[str]) -> None:
     rest = ["--distributed=" if word.lstrip("-") == "distributed" else word for word in rest]  # the value is optional
     values, left = _parse("run", rest, _define_run)
     if len(words) != len(overrides) + len(rest):
-        _help("run", *(_config_tree(values.config, overrides) if values.config else ()))
+        _help("run", *(config_tree(values.config, overrides) if values.config else ()))
         return
     if left:
         raise UsageError(f"run: unexpected argument '{left[0]}'. usage: jaxrec {_COMMANDS['run'].usage}")
@@ -171,32 +172,11 @@ def _demo(words: list[str]) -> None:
     overrides, rest = _split([word for word in words if word not in _HELP])
     values, left = _parse("demo", rest, _define_demo)
     if len(words) != len(overrides) + len(rest):
-        _help("demo", *_config_tree("deeprec:demo", overrides))
+        _help("demo", *config_tree("deeprec:demo", overrides))
         return
     if left:
         raise UsageError(f"demo: unexpected argument '{left[0]}'. usage: jaxrec {_COMMANDS['demo'].usage}")
     _execute("deeprec:demo", overrides, None, values.workdir)
-
-
-def _config_tree(spec: str, overrides: Sequence[str]) -> list[str]:
-    from jaxrec.config_docs import field_comments
-
-    path, _ = config_lib.find_config(spec)
-    config = config_lib.apply_overrides(config_lib.load_config(spec), overrides, f"--config={spec}")
-    comments = field_comments(path)
-    lines = ["", f"Fields of {spec} ({path}) and their values:", ""]
-    group = ""
-    for field, value in config_lib.flatten(config).items():
-        parent = field.rpartition(".")[0]
-        if parent != group:
-            group = parent
-            if parent and parent in comments:
-                lines += ["", f"  # {parent}: {comments[parent]}"]
-            else:
-                lines.append("")
-        text = f"  --config.{field}={value!r}"
-        lines.append(f"{text:<52} # {comments[field]}" if field in comments else text)
-    return lines
 
 
 def _stages(system: System, text: str | None) -> list[str]:
@@ -286,6 +266,15 @@ def _report(words: list[str]) -> None:
     _show_results(folder)
 
 
+def _check_model(command: str, name: str) -> None:
+    """Raises UsageError for what is neither a model folder nor the id of one on the hub."""
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UsageError(f"{command}: {path} has no config.json, so it is not a model folder")
+    if not path.exists() and name.count("/") > 1:
+        raise UsageError(f"{command}: no folder {path} (a hub id has the form owner/name)")
+
+
 def _define_generate(values: flags.FlagValues) -> None:
     flags.DEFINE_string("prompt", None, "the text to continue", flag_values=values)
     flags.DEFINE_integer("max_new_tokens", 128, "tokens at most", lower_bound=1, flag_values=values)
@@ -304,17 +293,13 @@ def _generate(words: list[str]) -> None:
         raise UsageError(f"generate needs one MODEL. usage: jaxrec {_COMMANDS['generate'].usage}")
     if not values.prompt:
         raise UsageError('generate needs --prompt="..." with some text')
-    path = Path(left[0])
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise UsageError(f"generate: {path} has no config.json, so it is not a model folder")
-    if not path.exists() and left[0].count("/") > 1:
-        raise UsageError(f"generate: no folder {path} (a hub id has the form owner/name)")
+    _check_model("generate", left[0])
 
     import models
 
     model = models.load(left[0])
     if model.tokenizer is None:
-        raise UsageError(f"generate: {path} has no tokenizer files, so text cannot be turned into tokens")
+        raise UsageError(f"generate: {left[0]} has no tokenizer files, so text cannot be turned into tokens")
     (answer,) = models.generate(
         model,
         [values.prompt],
@@ -326,6 +311,17 @@ def _generate(words: list[str]) -> None:
     )
     print(answer.text)
     print(f"[{len(answer.tokens)} tokens, {answer.finish_reason}]", file=sys.stderr)
+
+
+def _serve(words: list[str]) -> None:
+    if _HELP & set(words):
+        _help("serve")
+        return
+    values, left = _parse("serve", words, serve_command.define)
+    if len(left) != 1:
+        raise UsageError(f"serve needs one MODEL. usage: jaxrec {_COMMANDS['serve'].usage}")
+    _check_model("serve", left[0])
+    serve_command.run(left[0], values)
 
 
 def _define_convert(values: flags.FlagValues) -> None:
@@ -363,7 +359,7 @@ def _plan(words: list[str]) -> int:
     overrides, rest = _split([word for word in words if word not in _HELP])
     values, left = _parse("plan", rest, _define_plan)
     if len(words) != len(overrides) + len(rest):
-        _help("plan", *(_config_tree(values.config, overrides) if values.config else ()))
+        _help("plan", *(config_tree(values.config, overrides) if values.config else ()))
         return OK
     if left:
         raise UsageError(f"plan: unexpected argument '{left[0]}'. usage: jaxrec {_COMMANDS['plan'].usage}")
@@ -458,6 +454,7 @@ The same as `jaxrec run --config=deeprec:demo`. It ends with a table and report.
   --stop=TEXT               ends where this text appears; may be given several times
   --seed=N                  the same seed gives the same text (default 0)""",
     ),
+    "serve": _Command(_serve, serve_command.USAGE, serve_command.LINE, serve_command.DETAILS),
     "convert": _Command(
         _convert,
         "convert SOURCE TARGET [--dtype=bfloat16] [--keep_experts=MASK.json]",

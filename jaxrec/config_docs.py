@@ -10,9 +10,32 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
+from collections.abc import Sequence
 from pathlib import Path
 
+from jaxrec import config as config_lib
+
 _DICTS = {"ConfigDict", "dict", "FrozenConfigDict"}
+
+
+def config_tree(spec: str, overrides: Sequence[str]) -> list[str]:
+    """Lines that list every field of a config with its value and meaning."""
+    path, _ = config_lib.find_config(spec)
+    config = config_lib.apply_overrides(config_lib.load_config(spec), overrides, f"--config={spec}")
+    comments = field_comments(path)
+    lines = ["", f"Fields of {spec} ({path}) and their values:", ""]
+    group = ""
+    for field, value in config_lib.flatten(config).items():
+        parent = field.rpartition(".")[0]
+        if parent != group:
+            group = parent
+            if parent and parent in comments:
+                lines += ["", f"  # {parent}: {comments[parent]}"]
+            else:
+                lines.append("")
+        text = f"  --config.{field}={value!r}"
+        lines.append(f"{text:<52} # {comments[field]}" if field in comments else text)
+    return lines
 
 
 def field_comments(path: Path) -> dict[str, str]:

@@ -179,6 +179,12 @@ def test_stages_run_in_the_systems_order(config_file: str, recipe: Recipe, capsy
         (["generate", "a/b/c", "--prompt=a"], ["no folder a/b/c"]),
         (["generate", "x", "--prompt=a", "--top_p=2"], ["top_p"]),
         (["generate", "x", "--prompt=a", "--max_new_tokens=0"], ["max_new_tokens"]),
+        (["serve"], ["one MODEL"]),
+        (["serve", "."], ["no config.json"]),
+        (["serve", "a/b/c"], ["no folder a/b/c"]),
+        (["serve", "x", "--port=70000"], ["port", "70000"]),
+        (["serve", "x", "--max_batch=0"], ["max_batch"]),
+        (["serve", "x", "--hots=0.0.0.0"], ["did you mean host?"]),
         (["systems", "deeprec"], ["unexpected argument"]),
     ],
 )
@@ -334,6 +340,29 @@ def test_generate_without_tokenizer_says_so(tmp_path: Path, capsys, monkeypatch:
     code, _, err = answer(capsys, "generate", str(tmp_path), "--prompt=once")
     assert code == cli.USAGE
     assert "no tokenizer" in err
+
+
+def test_serve_passes_its_options_on(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    from jaxrec import serve
+
+    (tmp_path / "config.json").write_text("{}")
+    asked = []
+    monkeypatch.setattr(serve, "serve", lambda path, **options: asked.append((path, options)))
+    code, _, err = answer(capsys, "serve", str(tmp_path), "--port=0", "--name=mine", "--max_len=64", "--dtype=bfloat16")
+    assert (code, err) == (cli.OK, "")
+    assert asked == [(str(tmp_path), {
+        "host": "127.0.0.1", "port": 0, "name": "mine", "dtype": "bfloat16", "max_batch": 16, "max_len": 64,
+        "slice_tokens": 8, "max_waiting": 256, "max_body": 4_000_000, "grace": 30,
+    })]  # fmt: skip
+
+
+def test_serve_without_its_extra_says_so(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = answer(capsys, "serve", str(tmp_path))
+    assert code == cli.USAGE
+    assert "starlette and uvicorn" in err
+    assert "pip install 'jaxrec[serve]'" in err
 
 
 def test_computing_commands_start_anew_with_huge_pages(monkeypatch):
