@@ -243,6 +243,7 @@ def serve(
         del model  # the engine has the weights in the layout that it needs
         template = "with its chat template" if has_template(engine.tokenizer) else "without a chat template"
         address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1"
+        bound.listen(2048)  # whoever reads the next line can connect
         print(f"Serving '{name}' {template} at {address}, {max_batch} answers at a time; Ctrl+C ends", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server(engine, name, max_body, grace).run(sockets=[bound])

@@ -224,12 +224,13 @@ def test_a_failing_batch_is_told_and_the_next_one_served(model, monkeypatch):
 
 
 def test_running_answers_end_before_the_server_does(model):
-    with Engine(model, max_batch=2, slice_tokens=1) as engine:
-        with ThreadPoolExecutor(1) as pool:
-            with running(engine) as url, openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
-                late = pool.submit(complete, client, PROMPTS[0], max_tokens=60)
-                until(lambda: engine.state()["active"] == 1)
-            assert late.result().choices[0].text == alone(model, PROMPTS[0], max_new_tokens=60).text
+    with Engine(model, max_batch=2, slice_tokens=1) as engine, ThreadPoolExecutor(1) as pool:
+        with running(engine) as url:
+            client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
+            late = pool.submit(complete, client, PROMPTS[0], max_tokens=60)
+            until(lambda: engine.state()["active"] == 1)
+        assert late.result().choices[0].text == alone(model, PROMPTS[0], max_new_tokens=60).text
+        client.close()
 
 
 def test_engines_refuse_what_makes_no_sense(model):

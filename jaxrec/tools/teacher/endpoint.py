@@ -111,8 +111,9 @@ class EndpointTeacher:
         headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         pool = httpx.Limits(max_connections=limits.concurrency, max_keepalive_connections=limits.concurrency)
         times = httpx.Timeout(limits.timeout, connect=limits.connect, pool=None)
+        secure = self.base_url.startswith("https:")  # else no certificates need to be read
         with (
-            httpx.Client(headers=headers, limits=pool, timeout=times) as client,
+            httpx.Client(headers=headers, limits=pool, timeout=times, verify=secure) as client,
             progress(len(requests), f"asking {self.model}") as step,
         ):
 
