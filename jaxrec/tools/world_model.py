@@ -101,8 +101,8 @@ def _learned(ids: Sequence[int], start: int, weight: float, end: int, asked: int
 
 def new_model(texts: Texts, sizes: dict[str, Any], max_len: int, seed: int, more: Sequence[str] = ()) -> Model:
     """Random weights of the given sizes: a Qwen3, or with ``experts`` a Qwen3-MoE. A ``window`` is the number of tokens
-    that every other layer sees, the first one included."""
-    tokenizer = world_tokenizer(texts)
+    that every other layer sees, the first one included. more: see :func:`world_tokenizer`."""
+    tokenizer = world_tokenizer(texts, more)
     experts = {name: sizes[name] for name in ("experts", "top_k")} if sizes["experts"] else {}
     window: dict[str, Any] = {}
     if sizes.get("window"):

@@ -90,10 +90,13 @@ def questions(
 
 
 def encyclopaedia(facts: Sequence[Fact], seed: int = 0) -> list[tuple[str, str]]:
-    """(title, text) of one passage per subject that states all of its facts, in an order and wording of its own."""
+    """(title, text) of one passage per subject that states all of its facts, in an order and wording of its own; a
+    single fact in two ways, so that a search in other words than the passage's has something to find."""
     rng = np.random.Generator(np.random.PCG64([seed, 41]))
     out = []
     for subject, known in by_subject(facts).items():
-        order = rng.permutation(len(known))
-        out.append((subject, passage([known[i] for i in order], rng.integers(0, 3, len(known))).text))
+        told, ways = [known[i] for i in rng.permutation(len(known))], rng.integers(0, 3, len(known))
+        if len(known) == 1:
+            told, ways = told * 2, np.append(0, 1 + rng.integers(2))
+        out.append((subject, passage(told, ways).text))
     return out
