@@ -1,0 +1,222 @@
+"""Judge models that search: test questions, closed-book probes, what was left out of training, paired intervals.
+
+Greedy play; every question gives one row, whatever became of it. The closed-book probe makes a model recall: its answer
+begins inside the tag of known facts, and it may not search.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrec.config import write_atomic
+from jaxrec.data.qa import Question
+from jaxrec.evaluate import questions as judged
+from jaxrec.evaluate.answers import R1_SEARCHER, cover_em
+from jaxrec.evaluate.ranking import paired_interval
+from jaxrec.tools.rollouts import Rollout, from_state
+from jaxrec.tools.search_task import asked
+from jaxrec.world.encyclopaedia import Fact
+from jaxrec.world.questions import chain_text
+from models.sharding import use_mesh
+from rl.envs.search import SearchEnv, State
+from rl.rollout import rollout
+
+NAMES = {"cold_start": "SFT", "rl": "R1-Searcher++", "no_group": "without the group reward", "no_memory": "mu = 0"}
+PROBES = ("looked up in training", "never asked for", "known from pretraining")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SeedResult:
+    """rows: model -> rows of the test questions. probes: model -> kind of fact -> float64 [n], 1 where it was told."""
+
+    rows: dict[str, list[Mapping[str, Any]]]
+    probes: dict[str, dict[str, np.ndarray]]
+
+
+def write_selection(
+    folder: Path, states: Sequence[State], kept: Sequence[State], dropped: Mapping[str, int], failed: Mapping[str, int]
+) -> None:
+    """``cold_start.json``: how many rollouts there were, how many are learned from, and why the others are not.
+
+    Raises RuntimeError when these numbers do not add up.
+    """
+    if len(states) != len(kept) + sum(dropped.values()):
+        raise RuntimeError(f"{len(states)} rollouts, but {len(kept)} kept and {dict(dropped)} dropped")
+    searched = float(np.mean([s.searches > 0 for s in kept]))
+    found = {
+        "rollouts": len(states), "kept": len(kept), "dropped": dict(dropped), "teacher failed": dict(failed),
+        "share of kept ones that search": searched,
+    }  # fmt: skip
+    write_atomic(folder / "cold_start.json", json.dumps(found, indent=1) + "\n")
+
+
+def note_rewrites(folder: Path, name: str, step: int, counts: Mapping[str, int]) -> None:
+    """A line of ``rewrites.jsonl``: what became of a step's rollouts on their way into the memorisation loss."""
+    if jax.process_index() == 0:
+        with open(folder / "rewrites.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"stage": name, "step": step, **counts}) + "\n")
+
+
+class _Recalling:
+    """An environment whose prompts end inside the tag of known facts."""
+
+    def __init__(self, env: SearchEnv):
+        self._env, self.stop = env, env.stop
+
+    def reset(self, examples: Sequence[Any], copies: int = 1) -> tuple[list[State], list[str]]:
+        states, prompts = self._env.reset(examples, copies)
+        return states, [f"{prompt} {self._env.style.internal_open}" for prompt in prompts]
+
+    def step(self, states: Sequence[State], actions: Sequence[Any]) -> Any:
+        return self._env.step(states, actions)
+
+
+def _play(this: Any, model: Any, env: Any, questions: Sequence[Any]) -> list[State]:
+    """Final states of greedy play, in batches of one shape."""
+    size, out = this.config.evaluate.batch_size, []
+    for low in range(0, len(questions), size):
+        part = list(questions[low : low + size])
+        filled = part + part[-1:] * (size - len(part))
+        with use_mesh(this.mesh):
+            _, ended = rollout(
+                model.params, model.config, model.tokenizer, env, filled, jax.random.key(this.seed),
+                this.rollout_config(0.0), fuse=this.mesh is None,
+            )  # fmt: skip
+        out += ended[: len(part)]
+    return out
+
+
+def probe_facts(this: Any) -> dict[str, list[Fact]]:
+    """Facts for the closed-book probes, by kind: those of training questions that the base model's text does not
+    state, others that it does not state, and those that it does."""
+    task, rng = this.task, np.random.Generator(np.random.PCG64([this.seed, 47]))
+    seen = {fact for q in task.train for fact in task.chains[q.id].facts}
+    seen |= {fact for q in task.test for fact in task.chains[q.id].facts[1:]}  # later hops are shared by both parts
+    asked_for = {fact for q in task.train for fact in task.chains[q.id].facts}
+    pools = (
+        [f for f in task.facts if f in asked_for and not f.internal],
+        [f for f in task.facts if f not in seen and not f.internal],
+        [f for f in task.facts if f.internal],
+    )
+    most = this.config.evaluate.probes
+    return {name: [pool[i] for i in rng.permutation(len(pool))[:most]] for name, pool in zip(PROBES, pools)}
+
+
+def closed_book(this: Any, model: Any, facts: Sequence[Fact]) -> np.ndarray:
+    """float64 [n]: whether the model tells a fact's object from memory when asked for it."""
+    from rl.envs.search import Question as Asked
+
+    env = _Recalling(this.env(model.tokenizer, k=1, max_searches=0))
+    questions = [Asked(str(i), chain_text([fact]), (fact.object,)) for i, fact in enumerate(facts)]
+    states = _play(this, model, env, questions)
+    close = env._env.style.internal_close
+    told = [state.policy_text.partition(close)[0] for state in states]
+    return np.array([cover_em(text, fact.object, "run", "r1_searcher") for text, fact in zip(told, facts)])
+
+
+def evaluate_seed(this: Any, names: Sequence[str]) -> SeedResult:
+    """Rows of every model, kept in ``questions/<name>.jsonl``, and its probes (of the embedded world)."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    probes: dict[str, dict[str, np.ndarray]] = {}
+    (this.folder / "questions").mkdir(parents=True, exist_ok=True)
+    facts = probe_facts(this) if this.task.chains else {}
+    for name in names:
+        model = this.model(name)
+        env = this.env(model.tokenizer, k=this.config.env.test_k)
+
+        def play(batch: Sequence[Question], model=model, env=env) -> list[Rollout]:
+            return [from_state(state) for state in _play(this, model, env, [asked(q) for q in batch])]
+
+        size = this.config.evaluate.batch_size
+        path = this.folder / "questions" / f"{name}.jsonl"
+        rows[name] = judged.evaluate_questions(this.task.test, play, path, R1_SEARCHER, batch_size=size)
+        probes[name] = {kind: closed_book(this, model, part) for kind, part in facts.items() if part}
+    return SeedResult(rows, probes)
+
+
+# The criteria: (metric, model, rival, sign wanted of the difference)
+_COMPARED = (
+    ("cover", "rl", "cold_start", 1),
+    ("searches", "rl", "cold_start", 0),
+    ("searches", "rl", "no_group", -1),
+    ("cover", "rl", "no_group", 0),
+    ("cover", "rl", "no_memory", 0),
+)
+
+
+def pool(config: Any, results: Sequence[SeedResult], workdir: Path) -> dict[str, Any]:
+    """Means over questions of all seeds and paired intervals; written to result.json, with figures.json beside it."""
+    names = list(results[0].rows)
+    rows = []
+    for name in names:
+        every = [row for r in results for row in r.rows[name]]
+        entry = {"name": NAMES[name], **{k: float(np.mean([row[k] for row in every])) for k in judged.METRICS}}
+        entry["searches"] = float(np.mean([row["searches"] for row in every]))
+        for kind in sorted({row["kind"] for row in every} - {""}):
+            of = [row for row in every if row["kind"] == kind]
+            entry |= {f"cover_{kind}": float(np.mean([row["cover"] for row in of]))}
+            entry |= {f"searches_{kind}": float(np.mean([row["searches"] for row in of]))}
+        for kind in results[0].probes[name]:
+            entry[f"closed book, {kind}"] = float(np.mean(np.concatenate([r.probes[name][kind] for r in results])))
+        rows.append(entry)
+    comparisons = [c for rule in _COMPARED if (c := _compared(results, *rule)) is not None]
+    if "no_memory" in names and results[0].probes["rl"]:
+        comparisons.append(_memory(results))
+    result = {
+        "system": config.system, "variant": config.variant, "seed": list(config.seeds),
+        "protocol": {
+            "part": "test", "samples": len(results[0].rows[names[0]]), "answers": "greedy, last box",
+            "normalization": R1_SEARCHER.normalization, "cover": R1_SEARCHER.cover, "passages": config.env.test_k,
+            "max_searches": config.env.max_searches, "source": config.data.source,
+        },
+        "rows": rows, "comparisons": comparisons,
+        "by_seed": [{n: judged.summarize(r.rows[n], R1_SEARCHER) for n in names} for r in results],
+    }  # fmt: skip
+    write_atomic(workdir / "result.json", json.dumps(result, indent=1) + "\n")
+    write_atomic(workdir / "figures.json", json.dumps(_figures(results, names)) + "\n")
+    return result
+
+
+def _compared(results: Sequence[SeedResult], metric: str, one: str, other: str, sign: int) -> dict[str, Any] | None:
+    if one not in results[0].rows or other not in results[0].rows:
+        return None
+    ours, theirs = (np.array([float(row[metric]) for r in results for row in r.rows[name]]) for name in (one, other))
+    return _entry(f"{NAMES[one]} - {NAMES[other]}", metric, paired_interval(ours, theirs), sign)
+
+
+def _memory(results: Sequence[SeedResult]) -> dict[str, Any]:
+    ours, theirs = (np.concatenate([r.probes[n][PROBES[0]] for r in results]) for n in ("rl", "no_memory"))
+    name = f"{NAMES['rl']} - {NAMES['no_memory']}"
+    return _entry(name, f"closed book, {PROBES[0]}", paired_interval(ours, theirs), 1)
+
+
+def _entry(name: str, metric: str, interval: tuple[float, float, float], sign: int) -> dict[str, Any]:
+    difference, low, high = interval
+    entry = {"name": name, "metric": metric, "difference": difference, "low": low, "high": high}
+    if sign > 0:
+        entry |= {"criterion": "lower end of the paired 95 % interval over 0", "met": bool(low > 0)}
+    if sign < 0:
+        entry |= {"criterion": "upper end of the paired 95 % interval under 0", "met": bool(high < 0)}
+    return entry
+
+
+def _figures(results: Sequence[SeedResult], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Right answers and searches by what the base model's text says of a question's facts."""
+    kinds = ("known", "mixed", "unknown")
+    out = []
+    for metric, title in (("cover", "Right answers"), ("searches", "Searches per question")):
+        series = {}
+        for name in names:
+            every = [row for r in results for row in r.rows[name]]
+            of = [[row[metric] for row in every if row["kind"] == kind] for kind in kinds]
+            if all(of):
+                series[NAMES[name]] = [float(np.mean(part)) for part in of]
+        if series:
+            x = "facts of the question in the base model's text: all, some, none"
+            out.append({"kind": "lines", "title": title, "x": x, "at": [0, 1, 2], "series": series})
+    return out

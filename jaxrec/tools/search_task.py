@@ -1,0 +1,140 @@
+"""What a search system works on: questions, a retriever over passages, a teacher, and the model to start from.
+
+Of the embedded world, or of the user's files: questions in a field's format, passages, and an endpoint.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrec.config import UsageError
+from jaxrec.data import qa
+from jaxrec.tools.search import Passage, build_store, read_passages
+from jaxrec.tools.search.corpus import PassageStore
+from jaxrec.tools.teacher import Sampling, ScriptedTeacher, StoredTeacher, Teacher
+from jaxrec.world.encyclopaedia import Fact
+from jaxrec.world.oracle import Oracle, OracleConfig
+from jaxrec.world.questions import ChainQuestion, encyclopaedia, questions
+from rl.envs.search import Question, SearchEnv, SearchOptions, State
+from rl.envs.tags import TagStyle
+
+SOURCES = ("world", "files")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SearchTask:
+    """train, test: questions. backend: the retriever. Of the world: facts, all of them; chains, the questions' facts
+    by id; write, how results are worded."""
+
+    train: list[qa.Question]
+    test: list[qa.Question]
+    backend: Any
+    facts: tuple[Fact, ...] = ()
+    chains: dict[str, ChainQuestion] = dataclasses.field(default_factory=dict)
+    write: Any = None
+
+    @functools.cached_property
+    def prompts(self) -> list[Question]:
+        """The training questions as the environment takes them."""
+        return [asked(q) for q in self.train]
+
+    def env(self, style: TagStyle, options: SearchOptions, chat: Any = None, reserved: Sequence[str] = ()) -> SearchEnv:
+        """An environment around the retriever."""
+        return SearchEnv(self.backend.search, style, options, write=self.write, chat=chat, reserved=reserved)
+
+
+def asked(question: qa.Question) -> Question:
+    """A question as the environment takes it."""
+    return Question(question.id, question.text, question.answers)
+
+
+def kind_of(question: ChainQuestion) -> str:
+    """Whether the base model's text states all of a question's facts, none, or some."""
+    return {0: "unknown", question.hops: "known"}.get(question.known, "mixed")
+
+
+def plain_results(_: Sequence[State], queries: Sequence[str], passages: Sequence[Sequence[Any]]) -> list[str]:
+    """Results as the world's model reads them: texts of passages, each on a line with a blank before it."""
+    return ["\n".join(f" {passage.text}" for passage in hits) for hits in passages]
+
+
+def world_task(
+    facts: Sequence[Fact], seed: int, train: int, test: int, hops: Sequence[int], folder: Path
+) -> SearchTask:
+    """The embedded world's task: passages of all its subjects under BM25, questions over chains of facts."""
+    rng = np.random.Generator(np.random.PCG64([seed, 43]))
+    parts = {name: questions(facts, name, rng, count, hops) for name, count in (("train", train), ("test", test))}
+    passages = (Passage(str(i), title, text) for i, (title, text) in enumerate(encyclopaedia(facts, seed)))
+    made = {
+        name: [qa.Question(q.id, q.text, (q.answer,), "world", kind=kind_of(q), hops=q.hops) for q in part]
+        for name, part in parts.items()
+    }
+    chains = {q.id: q for part in parts.values() for q in part}
+    return SearchTask(made["train"], made["test"], _bm25(folder, passages), tuple(facts), chains, plain_results)
+
+
+def file_task(data: Any, seed: int, folder: Path) -> SearchTask:
+    """A task of files: data.train, data.test (questions), data.corpus (passages). Raises UsageError for a missing one.
+
+    A number of questions below that of the file is drawn at random.
+    """
+    parts = {}
+    for name in ("train", "test"):
+        path, count = data[name], data[f"{name}_questions"]
+        if not path:
+            raise UsageError(f"data.source=files needs data.{name}, a file of questions")
+        found = qa.read_questions(path)
+        parts[name] = qa.sample_questions(found, count, seed) if 0 < count < len(found) else found
+    if not data.corpus:
+        raise UsageError("data.source=files needs data.corpus, a file of passages")
+    return SearchTask(parts["train"], parts["test"], _bm25(folder, lambda: read_passages(data.corpus)))
+
+
+def _bm25(folder: Path, passages: Any) -> Any:
+    """The BM25 index in a folder, built of ``passages`` (or of what they return) where it is not there yet."""
+    from jaxrec.tools.search.bm25 import BM25Search, build_bm25
+
+    store = folder / "passages"
+    kept = PassageStore(store) if store.exists() else build_store(passages() if callable(passages) else passages, store)
+    index = folder / "bm25"
+    return BM25Search(kept, index) if index.exists() else build_bm25(kept, index)
+
+
+def world_teacher(task: SearchTask, style: TagStyle, recall: float, error: float, path: Path) -> Teacher:
+    """The world's scripted teacher, replies kept in a file."""
+    oracle = Oracle(list(task.chains.values()), style, OracleConfig(recall, error))
+
+    def rng(request: Any, choice: int) -> np.random.Generator:
+        text = request.messages[-1].content.encode()
+        return np.random.Generator(np.random.PCG64([*text[-64:], len(text), request.sampling.seed or 0, choice]))
+
+    def author(request: Any, choice: int) -> str:
+        return oracle.author(request.messages[-1].content, rng(request, choice))
+
+    def rewriter(request: Any, choice: int) -> str:
+        _, _, told = request.messages[-1].content.rpartition("Question: ")
+        asked, _, documents = told.partition("\nDocuments:\n")
+        return oracle.rewrite(asked, documents.split("\n"), rng(request, choice))
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    script = ScriptedTeacher({"author": author, "rewriter": rewriter}, id=f"world's oracle, recall {recall:g}")
+    return StoredTeacher(script, path)
+
+
+def endpoint_teacher(settings: Any, path: Path) -> Teacher:
+    """The teacher behind an OpenAI-compatible address, replies kept in a file. Raises UsageError without an address."""
+    from jaxrec.tools.teacher import EndpointTeacher
+
+    if not (settings.url and settings.model):
+        raise UsageError("teacher.url and teacher.model name the teacher: an OpenAI-compatible address and its model")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return StoredTeacher(EndpointTeacher(settings.url, settings.model, key_env=settings.key_variable or None), path)
+
+
+def teacher_sampling(settings: Any, seed: int) -> Sampling:
+    """How the teacher draws."""
+    return Sampling(temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_tokens, seed=seed)
