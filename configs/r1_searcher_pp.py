@@ -31,7 +31,8 @@ def _base() -> ConfigDict:
     c.data.train = ""  # questions, in any form that jaxrec.data.qa reads
     c.data.test = ""
     c.data.corpus = ""  # passages, in any form that jaxrec.tools.search reads
-    c.data.train_questions = 320  # 0: all of a file
+    c.data.cold_questions = 240  # for the cold start; reinforcement learning asks others
+    c.data.train_questions = 320  # 0: all others of a file
     c.data.test_questions = 360
     c.data.hops = (1, 2, 3)  # of the world's questions
 
@@ -111,13 +112,13 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.evaluate.ablations = ("no_group", "no_memory")
     if variant == "tiny":  # seconds: for tests
         c.model.base = "world_lm:tiny_searcher"
-        c.data.update({"train_questions": 12, "test_questions": 6})
+        c.data.update({"cold_questions": 12, "train_questions": 12, "test_questions": 6})
         c.rollout.max_total = 192
         c.cold_start.update({"samples": 2, "per_question": 2, "steps": 2, "batch_size": 4})
         c.rl.update({"steps": 2, "group_size": 2, "prompts_per_step": 2, "save_every": 1})
         c.evaluate.update({"batch_size": 6, "probes": 4, "ablations": ("no_group", "no_memory")})
     if variant in ("small", "paper"):
-        c.data.update({"source": "files", "train_questions": 2048, "test_questions": 500})
+        c.data.update({"source": "files", "cold_questions": 512, "train_questions": 2048, "test_questions": 500})
         c.model.update({"dtype": "bfloat16", "remat": "block"})
         c.env.update({"k": 3, "test_k": 5, "max_searches": 4, "short": False})
         c.rollout.update({"max_prompt": 1024, "max_total": 4096, "max_new": 512})
@@ -125,7 +126,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.rl.update({"steps": 100, "lr": 2e-6, "kl": 1e-4, "b2": 0.95, "micro_batches": 8})
         c.evaluate.batch_size = 64
     if variant == "paper":
-        c.data.update({"train_questions": 0})
+        c.data.update({"cold_questions": 2000, "train_questions": 0})
         c.env.max_searches = 8
         c.rollout.max_total = 8192
         c.rl.update({"steps": 127, "group_size": 16, "prompts_per_step": 64, "micro_batches": 32})

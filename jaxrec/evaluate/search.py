@@ -21,7 +21,7 @@ from jaxrec.evaluate.ranking import paired_interval
 from jaxrec.tools.rollouts import Rollout, from_state
 from jaxrec.tools.search_task import asked
 from jaxrec.world.encyclopaedia import Fact
-from jaxrec.world.questions import chain_text
+from jaxrec.world.questions import chain_text, split_of
 from models.sharding import use_mesh
 from rl.envs.search import SearchEnv, State
 from rl.rollout import rollout
@@ -92,16 +92,14 @@ def _play(this: Any, model: Any, env: Any, questions: Sequence[Any]) -> list[Sta
 
 
 def probe_facts(this: Any) -> dict[str, list[Fact]]:
-    """Facts for the closed-book probes, by kind: those of training questions that the base model's text does not
-    state, others that it does not state, and those that it does."""
+    """Facts for the closed-book probes, by kind: those that reinforcement learning's questions begin with and the base
+    model's text does not state, others that it does not state about subjects of test questions, and those it does."""
     task, rng = this.task, np.random.Generator(np.random.PCG64([this.seed, 47]))
-    seen = {fact for q in task.train for fact in task.chains[q.id].facts}
-    seen |= {fact for q in task.test for fact in task.chains[q.id].facts[1:]}  # later hops are shared by both parts
-    asked_for = {fact for q in task.train for fact in task.chains[q.id].facts}
+    first = {task.chains[q.id].facts[0] for q in task.train}
     pools = (
-        [f for f in task.facts if f in asked_for and not f.internal],
-        [f for f in task.facts if f not in seen and not f.internal],
-        [f for f in task.facts if f.internal],
+        [f for f in task.facts if f in first and not f.internal],
+        [f for f in task.facts if split_of([f]) == "test" and not f.internal],
+        [f for f in task.facts if split_of([f]) == "test" and f.internal],
     )
     most = this.config.evaluate.probes
     return {name: [pool[i] for i in rng.permutation(len(pool))[:most]] for name, pool in zip(PROBES, pools)}

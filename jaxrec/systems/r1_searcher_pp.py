@@ -28,7 +28,8 @@ from jaxrec.evaluate.answers import R1_SEARCHER, cover_em
 from jaxrec.systems import by_seed, world_lm
 from jaxrec.tools import search_task
 from jaxrec.tools.authors import rewrite_from_memory, select_rollouts, write_rollouts
-from jaxrec.tools.search_task import SearchTask
+from jaxrec.tools.search_task import SearchTask, asked
+from jaxrec.world.questions import SPLITS
 from models.sharding import make_mesh, use_mesh
 from rl.checkpoint import Checkpointer
 from rl.envs.search import SearchEnv, SearchOptions, State, search_counts
@@ -81,9 +82,8 @@ class Run:
         texts = world_lm.make_texts(world_lm.base_config(c.model.base, self.seed))
         facts = [fact for known in texts.subjects.values() for fact in known]
         try:
-            return search_task.world_task(
-                facts, self.seed, c.data.train_questions, c.data.test_questions, c.data.hops, folder
-            )
+            counts = {name: c.data[f"{name}_questions"] for name in SPLITS}
+            return search_task.world_task(facts, self.seed, counts, c.data.hops, folder)
         except ValueError as error:
             raise UsageError(f"data: {error}") from error
 
@@ -164,10 +164,10 @@ def policy_config(config: Any, seed: int, memory: float | None = None) -> GRPOCo
 
 
 def own_rollouts(this: Run, model: models.Model, env: SearchEnv, count: int) -> list[State]:
-    """``count`` sampled conversations of the model itself for each training question."""
+    """``count`` sampled conversations of the model itself for each question of the cold start."""
     states: list[State] = []
     size = max(1, this.config.evaluate.batch_size // count)
-    questions = this.task.prompts
+    questions = [asked(q) for q in this.task.cold]
     for low in range(0, len(questions), size):
         part = questions[low : low + size]
         filled = part + part[-1:] * (size - len(part))
@@ -192,7 +192,7 @@ def cold_start(this: Run) -> None:
         states, failed = own_rollouts(this, model, env, c.samples), {}
     else:
         sampling = search_task.teacher_sampling(this.config.teacher, this.seed)
-        written = write_rollouts(env, this.task.prompts, this.teacher, sampling, c.samples)
+        written = write_rollouts(env, [asked(q) for q in this.task.cold], this.teacher, sampling, c.samples)
         states, failed = written.states, written.failed
 
     def keep(state: State) -> str:
@@ -233,7 +233,7 @@ def reinforce(this: Run, name: str, *, eta: float | None = None, memory: float |
     model, r, m = this.model("cold_start"), this.config.rl, this.config.memory
     settings = policy_config(this.config, this.seed, memory)
     env, reward = this.env(model.tokenizer, k=this.config.env.k, on_error="drop"), this.reward(eta)
-    questions, options = this.task.prompts, this.rollout_config()
+    questions, options = [asked(q) for q in this.task.train], this.rollout_config()
     feed = batches({"index": np.arange(len(questions))}, r.prompts_per_step, this.seed)
     sampling = search_task.teacher_sampling(this.config.teacher, this.seed)
 

