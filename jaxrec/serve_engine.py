@@ -1,9 +1,10 @@
 """Many callers, one model: a thread that keeps the rows of a batch filled with whatever is asked for.
 
 Requests wait in a queue. Between slices of a few tokens the worker lets go of rows that are finished or no longer
-wanted, runs the prompts of waiting requests into free rows, and goes on: nobody waits for another's answer to end. The
-number of rows and of cache slots are powers of two, prompts are padded to a bucket, and settings are arrays, so that
-programs are compiled per size, never per request. A very long prompt holds the others up while it is run.
+wanted, runs the prompts of waiting requests into free rows, and goes on: nobody waits for another's answer to end. Rows
+are 1, 4, 16, 64, ..., slots of the cache powers of two, prompts are padded to a few lengths and run 1, 4, 16, ... at a
+time, and settings are arrays, so that a handful of programs is compiled, never one per request. A very long prompt
+holds the others up while it is run.
 """
 
 import collections
@@ -115,8 +116,20 @@ class _Row:
         return self.ticket.job.max_tokens - self.made
 
 
-def _power(n: int, smallest: int = 1) -> int:
+def _power(n: int, smallest: int) -> int:
     return max(smallest, 1 << max(n - 1, 0).bit_length())
+
+
+def _rows_for(n: int) -> int:
+    rows = 1
+    while rows < n:
+        rows *= 4
+    return rows
+
+
+def _width_for(n: int) -> int:
+    """Tokens that a prompt is padded to: powers of two where padding is cheap, finer steps beyond."""
+    return _power(n, 32) if n <= 256 else bucket(n)
 
 
 class Engine:
@@ -263,13 +276,13 @@ class Engine:
                 raise
 
     def _prefill(self, group: list[Ticket]) -> None:
-        width = bucket(max(len(ticket.job.prompt) for ticket in group))
-        tokens = np.full((_power(len(group)), width), self.config.pad_id, np.int32)
-        lengths = np.ones(len(tokens), np.int32)
+        width = min(_width_for(max(len(ticket.job.prompt) for ticket in group)), bucket(self.max_len))
+        tokens = np.full((len(group), width), self.config.pad_id, np.int32)
+        lengths = np.zeros(len(tokens), np.int32)
         for i, ticket in enumerate(group):
             lengths[i] = len(ticket.job.prompt)
             tokens[i, : lengths[i]] = ticket.job.prompt
-        new = prefill(self._weights, self.config, tokens, lengths, width)
+        new = prefill(self._weights, self.config, tokens, lengths, self._slots_for(width))
         answers = [(i, choice) for i, ticket in enumerate(group) for choice in range(ticket.job.n)]
         self._fit(len(answers), int(lengths.max()), new)
         free = [i for i, row in enumerate(self._rows) if row is None]
@@ -283,12 +296,15 @@ class Engine:
         self.counts["requests"] += len(group)
         self.counts["prompt_tokens"] += int(sum(len(ticket.job.prompt) for ticket in group))
 
+    def _slots_for(self, tokens: int) -> int:
+        return min(_power(tokens, _SMALLEST), bucket(self.max_len))
+
     def _fit(self, more: int, longest: int, new: Session | None = None) -> None:
         """Make room for ``more`` rows, and in every row for the next slice; give room back that long was too much."""
         kept = [i for i, row in enumerate(self._rows) if row is not None]
         reach = max([longest, *(self._rows[i].length for i in kept)]) + self._slice
-        rows = min(_power(len(kept) + more), self.max_batch)
-        slots = min(_power(reach, _SMALLEST), bucket(self.max_len))
+        rows = min(_rows_for(len(kept) + more), self.max_batch)
+        slots = self._slots_for(reach)
         session = new if self._session is None else self._session
         have = (0, 0) if self._session is None else (len(self._rows), session.size)
         grows = rows > have[0] or slots > have[1]
@@ -366,12 +382,14 @@ class Engine:
 
 
 def _groups(tickets: list[Ticket]) -> Iterator[list[Ticket]]:
-    """Prompts of one bucket together, no more of them than ``_PREFILL`` tokens unless it is one."""
+    """Prompts of one width together, 1, 4, 16, ... of them, no more than ``_PREFILL`` tokens unless it is one."""
     by_width: dict[int, list[Ticket]] = {}
     for ticket in tickets:
-        by_width.setdefault(bucket(len(ticket.job.prompt)), []).append(ticket)
+        by_width.setdefault(_width_for(len(ticket.job.prompt)), []).append(ticket)
     for width, group in by_width.items():
-        most = max(1, _PREFILL // width)
-        most = 1 << (most.bit_length() - 1)
-        for start in range(0, len(group), most):
-            yield group[start : start + most]
+        while group:
+            size = 1
+            while size * 4 <= len(group) and size * 4 * width <= _PREFILL:
+                size *= 4
+            yield group[:size]
+            group = group[size:]

@@ -109,7 +109,7 @@ def compare(name: str, fields: dict, callers: list[int], requests: int, new: int
             return call
 
         calls = {"alone": alone, **{str(count): served(count) for count in callers}}
-        decode.fastest(calls, 2)  # compiles every size, twice since who meets whom varies
+        decode.fastest(calls, 3)  # compiles every size; several times, since who meets whom varies
         best = decode.fastest(calls, repeats)
         first = first_part(url, prompts, new)
         server.should_exit = True

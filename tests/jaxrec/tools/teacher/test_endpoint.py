@@ -4,6 +4,7 @@ import contextlib
 import email.utils
 import http.server
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -132,7 +133,8 @@ def passing(h, text, count):
         return h.answer({"choices": []}, cut=5)
     if text == "no json":
         return h.answer(b'{"choices": [')
-    return h.connection.close()
+    h.close_connection = True
+    return h.connection.shutdown(socket.SHUT_RDWR)
 
 
 def test_what_may_pass_is_tried_again_after_a_while():
