@@ -135,7 +135,7 @@ def _cudnn(q, k, v, look: Look, config: Config) -> jax.Array:
     )  # fmt: skip
 
 
-def _splash_fits(q, v, look: Look) -> bool:
+def _splash_fits(q, look: Look) -> bool:
     """The kernel works on tiles of 128 positions."""
     return q.shape[1] % 128 == 0 and not look.varies
 

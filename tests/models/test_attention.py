@@ -101,6 +101,17 @@ def test_the_tpu_kernel_interpreted_equals_the_whole(kind, cap, key):
     np.testing.assert_allclose(ours, _whole(q, k, v, look, config, Taps())[0], atol=2e-5)
 
 
+@pytest.mark.parametrize(("T", "kernel"), [(256, True), (250, False)])
+def test_on_a_tpu_the_kernel_is_taken_for_whole_tiles(T, kernel, key, monkeypatch):
+    """Traced, not run: what a pod's training step takes must not wait for a pod to be tried."""
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    look = Look(jnp.arange(T)[None], straight=True)
+    q, k, v = inputs(key, B=1, T=T, H=128, X=128)
+    traced = jax.make_jaxpr(lambda *a: attention.attention(*a, look, CONFIG, Taps()))(q, k, v)
+    assert traced.out_avals[0].shape == q.shape
+    assert ("pallas_call" in str(traced)) == kernel
+
+
 def share(values):
     return {"ratio": jnp.linalg.norm(values["mlp.out"]) / jnp.linalg.norm(values["resid.mid"])}
 
