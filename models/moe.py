@@ -293,28 +293,44 @@ def moe(x: jax.Array, layer: Params, config: Config, taps: Taps) -> jax.Array:
     index, weights = route(flat, layer, config, taps, rows)
     normed = taps.wants("moe.expert_norm")
     matrices = tuple(layer[name] for name in ("e_gate", "e_up", "e_down"))
-    tapped = taps.wants("moe.expert_out") or normed
+    tapped = taps.wants("moe.expert_out")
     form = _form(config, index.size)
     if not (
         alone and form == "block" and isinstance(matrices[0], Quantized)
     ):  # that form makes an expert plain by need
         matrices = tuple(dense(w).astype(x.dtype) for w in matrices)
-    if alone:
-        out = _FORMS[form](flat, *matrices, index)
-    else:
-        out = _spread(x, matrices, index, None if tapped else weights, config, mesh, rows)
-    if out.ndim == 3:
-        out = taps("moe.expert_out", out.reshape(-1, *out.shape[-2:]))
+    if alone or tapped:
+        out = _FORMS[form](flat, *matrices, index) if alone else _spread(x, matrices, index, None, config, mesh, rows)
+        out = taps("moe.expert_out", out)
         if normed:
-            taps("moe.expert_norm", jnp.linalg.norm(out.astype(jnp.float32), axis=-1))
+            taps("moe.expert_norm", _norms(out))
         out = jnp.einsum("mkd,mk->md", out, weights.astype(x.dtype))
+    elif normed:
+        out, norms = _spread(x, matrices, index, weights, config, mesh, rows, norms=True)
+        taps("moe.expert_norm", norms)
+    else:
+        out = _spread(x, matrices, index, weights, config, mesh, rows)
     out = taps("moe.routed", out.reshape(x.shape))
     return out + mlp(x, layer, config, taps, shared=True) if config.shared_dim else out
 
 
-def _spread(x, matrices, index, weights, config: Config, mesh, rows: tuple[str, ...]):
+def _norms(out: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
+    """float32 lengths [M, k] of outputs [M, k, D], of which each device along the mesh axes ``axes`` has one summand:
+    they are summed in pieces of D, so that no device receives all of them."""
+    if axes and out.shape[-1] % jax.lax.axis_size(axes):
+        return _norms(jax.lax.psum(out, axes))
+    if axes:
+        out = jax.lax.psum_scatter(out, axes, scatter_dimension=2, tiled=True)
+    squares = jnp.sum(jnp.square(out.astype(jnp.float32)), axis=-1)
+    squares = jax.lax.psum(squares, axes) if axes else squares
+    # The slope of a root at 0 is infinite, and 0 times that is no number.
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
+
+
+def _spread(x, matrices, index, weights, config: Config, mesh, rows: tuple[str, ...], norms: bool = False):
     """The experts under a mesh: every device runs its own experts on its own tokens and those of its neighbours along
-    the ``expert`` axis. Returns [M, D], or without ``weights`` what each expert made of each token, [M, k, D].
+    the ``expert`` axis. Returns [M, D], or without ``weights`` what each expert made of each token, [M, k, D]. norms:
+    also the lengths float32 [M, k] of what each made, measured where it was made.
 
     Tokens go round by an all-gather and results come back by a reduce-scatter, so none is ever dropped. Sorting stays
     on the device; left to the compiler, it would gather the tokens of all devices.
@@ -329,6 +345,16 @@ def _spread(x, matrices, index, weights, config: Config, mesh, rows: tuple[str, 
     here = math.prod(mesh.shape[a] for a in rows if not (turns and a == "expert"))  # so many parts of the tokens
     form = _form(config, index.size // here)
     extra = () if weights is None else (weights.reshape(B, T, -1),)
+    parts = tuple(a for a in others if a in split and a != "expert")  # along these an expert's output is a sum
+
+    def gathered(out, axes):
+        """Results [m, ..] of all experts for a device's own tokens [b, T, ..], one summand per device."""
+        if turns:
+            out = jax.lax.psum_scatter(out, "expert", tiled=True)
+        # Along an axis that splits neither tokens nor experts all devices have computed the same.
+        out = jax.lax.psum(out, axes) if axes else out
+        same = math.prod(mesh.shape[a] for a in axes if a not in split)
+        return (out / same if same > 1 else out).reshape(-1, T, *out.shape[1:])
 
     def local(x, index, *rest):
         x = jax.lax.pcast(x, others, to="varying")
@@ -341,23 +367,23 @@ def _spread(x, matrices, index, weights, config: Config, mesh, rows: tuple[str, 
             index = jnp.where((here >= 0) & (here < gate.shape[0]), here, gate.shape[0])
         k = index.shape[-1]
         out = _FORMS[form](x.reshape(-1, D), gate, up, down, index.reshape(-1, k))
+        lengths = (_norms(out, parts),) if norms else ()
         if weights:
             out = jnp.einsum("mkd,mk->md", out, weights[0].reshape(-1, k).astype(x.dtype))
-        if turns:
-            out = jax.lax.psum_scatter(out, "expert", tiled=True)
-        # Along an axis that splits neither tokens nor experts all devices have computed the same.
-        out = jax.lax.psum(out, others) if others else out
-        same = math.prod(mesh.shape[a] for a in others if a not in split)
-        return (out / same if same > 1 else out).reshape(-1, T, *out.shape[1:])
+        out = gathered(out, others)
+        if not norms:
+            return out
+        return out, gathered(*lengths, tuple(a for a in others if a not in parts))
 
     out_specs = PartitionSpec(rows or None, None, None, *([None] if weights is None else []))
+    out_specs = (out_specs, by_token) if norms else out_specs
     in_specs = (*[by_token] * (2 + len(extra)), *specs)
     # A kernel does not say over which axes its results differ.
     spread = jax.shard_map(
         local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=form not in ("kernel", "triton")
     )
     out = spread(x, index.reshape(B, T, -1), *extra, *matrices)
-    return out.reshape(-1, *out.shape[2:])
+    return jax.tree.map(lambda out: out.reshape(-1, *out.shape[2:]), out)
 
 
 def _whole(w: jax.Array, spec: PartitionSpec, mesh) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import models
-from jaxrec.plan_hlo import replica_groups
+from jaxrec.plan_hlo import KINDS, bytes_of, parse, replica_groups
 from models.config import Config
 from models.generation import pad_rows
 from models.layout import decode_weights
@@ -189,6 +189,57 @@ def test_what_experts_make_of_a_token_can_be_recorded_and_edited_under_a_mesh():
         spread = jax.jit(run)(models.load(FIXTURES / "qwen3_moe", mesh=mesh).params)
     for a, b in ((spread.logits, alone.logits), (*spread.records.values(), *alone.records.values())):
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("axes", "form", "rows"),
+    [*[(axes, "block", 8) for axes in MESHES], (MESHES[0], "block", 3), (MESHES[2], "block", 3),
+     (MESHES[1], "ragged", 8), (MESHES[2], "kernel", 8), ({"tensor": 8}, "block", 8)],
+)  # fmt: skip
+def test_lengths_of_what_experts_make_under_a_mesh(axes, form, rows, key):
+    config = CONFIG.replace(experts=8, top_k=3, moe_form=form, dim=12 if axes == {"tensor": 8} else 16)
+    layer, x = layer_of(key, config), jax.random.normal(key, (rows, 5 if form != "kernel" else 64, config.dim))
+
+    def loss(layer, x, site):
+        taps = Taps((site,))
+        return jnp.sum(jnp.sin(moe(x, layer, config, taps))), taps.finish()[site]
+
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnames="site")
+    (value, made), grads = both(layer, x, "moe.expert_out")
+    with models.use_mesh(models.make_mesh(**axes)):
+        (spread, norms), spread_grads = both(layer, x, "moe.expert_norm")
+    assert norms.dtype == jnp.float32
+    np.testing.assert_allclose(norms, np.linalg.norm(made, axis=-1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(spread, value, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(spread_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("axes", [{"expert": 8}, {"expert": 4, "fsdp": 2}])
+def test_only_lengths_travel_where_only_lengths_are_wanted(axes, key):
+    config = CONFIG.replace(experts=8, top_k=3, moe_form="block", dim=128)
+    mesh, names = models.make_mesh(**axes), ("batch", "time", "model")
+    layer = layer_of(key, config)
+    x = jax.ShapeDtypeStruct((8, 64, config.dim), jnp.float32, sharding=sharding_for(mesh, (8, 64, 128), names))
+    pairs = 8 * 64 // (8 // axes["expert"]) * config.top_k * config.dim  # of all devices that share their experts
+
+    def largest(site: str) -> int:
+        """Numbers in the largest array that goes in or comes out of a collective."""
+
+        def run(x):
+            taps = Taps((site,))
+            return moe(x, layer, config, taps), taps.finish()[site]
+
+        with models.use_mesh(mesh):
+            computations, _ = parse(jax.jit(run).lower(x).compile().as_text())
+        named = [each for computation in computations.values() for each in computation.items()]
+        types = dict(named)
+        moves = [each for _, each in named if each.opcode.removesuffix("-start") in KINDS]
+        arrays = [part for each in moves for part in (each.type, *(types[name].type for name in each.operands))]
+        return max(int(bytes_of(part)) // 4 for part in arrays)
+
+    assert largest("moe.expert_out") == pairs
+    assert largest("moe.expert_norm") <= pairs // config.top_k
 
 
 def group_config(**changes) -> Config:
