@@ -111,6 +111,12 @@ def use_mesh(mesh: Mesh | None) -> Iterator[Mesh | None]:
             yield mesh
 
 
+def no_mesh() -> contextlib.AbstractContextManager:
+    """Inside, programs are this process's own again, whatever mesh there is outside: those of an environment's tools,
+    whose arrays lie on one device."""
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Pin an activation to the mesh of :func:`use_mesh` by logical axes; the identity without one."""
     mesh = jax.sharding.get_abstract_mesh()

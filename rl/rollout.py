@@ -15,7 +15,7 @@ from models.config import Config
 from models.generation import pad_rows
 from models.layout import decode_weights
 from models.sample import FINISH_EOS, FINISH_STOP, bucket, decode, extend, prefill
-from models.sharding import to_host
+from models.sharding import no_mesh, to_host
 from models.stops import stop_table
 from rl import trajectory as tr
 from rl.envs.base import Action, Environment
@@ -75,7 +75,8 @@ def rollout(
         raise ValueError(
             f"max_total={options.max_total} is more than the model's context, max_len={config.max_len}: lower max_total"
         )
-    states, prompts = env.reset(examples, group_size)
+    with no_mesh():
+        states, prompts = env.reset(examples, group_size)
     ids, lengths = pad_rows([tokenizer.encode(p) for p in prompts], config.pad_id)
     if lengths.max() > options.max_prompt:
         worst = int(lengths.argmax())
@@ -111,7 +112,8 @@ def rollout(
         tr.append(
             trajectory, running, decoded.tokens[running], decoded.counts[running], turn, decoded.logprobs[running]
         )
-        answer = env.step([states[i] for i in running], _read(decoded, running, tokenizer, stops.strings))
+        with no_mesh():
+            answer = env.step([states[i] for i in running], _read(decoded, running, tokenizer, stops.strings))
         for i, state in zip(running, answer.states, strict=True):
             states[i] = state
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxrec.evaluate.ranking import list_metrics, list_values
+from models.sharding import use_mesh
 from rl.envs.recommend import Catalogue, RecommendEnv, State, line_title, parse_answer
 from rl.rewards import broken_rules
 from rl.rollout import RolloutConfig, rollout
@@ -96,19 +97,23 @@ def play(
     *,
     batch_size: int,
     seed: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Judged:
     """Play every example once with ``options`` (temperature 0 for the protocol's greedy figures) and judge the end.
 
     The last batch is filled up with copies, so that one program serves all; the copies are not counted.
-    ``progress(n)`` is called after each batch with the examples done.
+    mesh: where ``params`` lie. ``progress(n)`` is called after each batch with the examples done.
     """
     states: list[State] = []
     key = jax.random.key(seed)
     for low in range(0, len(examples), batch_size):
         part = list(examples[low : low + batch_size])
         filled = part + [part[-1]] * (batch_size - len(part))
-        _, ended = rollout(params, config, tokenizer, env, filled, jax.random.fold_in(key, low), options)
+        with use_mesh(mesh):
+            _, ended = rollout(
+                params, config, tokenizer, env, filled, jax.random.fold_in(key, low), options, fuse=mesh is None
+            )
         states += ended[: len(part)]
         if progress is not None:
             progress(len(states))

@@ -134,14 +134,15 @@ def _play(this, book: _Book, name: str, checkpoint: str, env, options, examples,
     print(f"evaluate: {name}", flush=True)
     size = min(this.config.evaluate.batch_size, len(examples))
     judged = play(
-        model.params, model.config, model.tokenizer, env, examples, options, batch_size=size, seed=this.seed
+        model.params, model.config, model.tokenizer, env, examples, options, batch_size=size, seed=this.seed,
+        mesh=this.mesh,
     )  # fmt: skip
     stage1 = None
     if name in (SFT, STAGE1):
         some = _spread(examples, this.config.evaluate.sampled_users)
         sampled = play(
             model.params, model.config, model.tokenizer, this.env(), some, this.rollout_config(),
-            batch_size=min(size, len(some)), seed=this.seed,
+            batch_size=min(size, len(some)), seed=this.seed, mesh=this.mesh,
         )  # fmt: skip
         stage1 = this.reward(sampled.states, "cold")["total"]
     count = this.config.evaluate.trajectories

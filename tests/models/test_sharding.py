@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 import models
 from models import Config
-from models.sharding import constrain, shard_batch, spec_for
+from models.sharding import constrain, no_mesh, shard_batch, spec_for
 
 CONFIG = Config(
     vocab_size=64, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=48, qk_norm=True, init_std=0.3
@@ -51,6 +51,19 @@ def test_specs_fall_back_where_the_mesh_does_not_divide():
     assert spec_for(mesh, (4, 32), ("batch", "embed")) == PartitionSpec(("data", "fsdp"), None)
     one = models.make_mesh(devices=jax.devices()[:1])
     assert spec_for(one, (4, 32), ("batch", "embed")) == PartitionSpec(None, None)
+
+
+def test_programs_of_one_device_run_inside_a_mesh():
+    """A tool's arrays lie on one device, wherever the policy's do."""
+    mesh, add = models.make_mesh(data=8), jax.jit(lambda x: x + 1)
+    x = jax.device_put(jnp.ones(3), jax.devices()[1])
+    with models.use_mesh(mesh):
+        with pytest.raises(ValueError, match="incompatible devices"):
+            add(x)
+        with no_mesh():
+            assert jax.sharding.get_abstract_mesh().empty
+            np.testing.assert_array_equal(add(x), 2 * np.ones(3))
+        assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
 
 
 def test_make_mesh_counts_devices():

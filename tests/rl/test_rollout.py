@@ -64,9 +64,9 @@ def params():
     return models.init(CONFIG, jax.random.key(0))
 
 
-def play(params, env, **options):
+def play(params, env, fuse=True, **options):
     options = RolloutConfig(**{"max_prompt": 8, "max_total": 40, "max_new": 6, "max_turns": 4, **options})
-    return rollout(params, CONFIG, Doubled(), env, ["x", "y"], jax.random.key(1), options, group_size=3)
+    return rollout(params, CONFIG, Doubled(), env, ["x", "y"], jax.random.key(1), options, group_size=3, fuse=fuse)
 
 
 def test_the_trainer_gets_exactly_the_sampled_ids(params):
@@ -101,6 +101,24 @@ def test_segments_end_on_the_stop_string_or_the_limit(params):
 def test_same_key_same_rollout(params):
     (one, _), (two, _) = play(params, Echo(2)), play(params, Echo(2))
     np.testing.assert_array_equal(one.ids, two.ids)
+
+
+def test_a_tool_on_one_device_serves_a_policy_on_a_mesh(params):
+    """The tool's arrays are not on the policy's mesh, and the answers are those without one."""
+    count = jax.jit(lambda weights, x: (weights * x).sum())
+    weights = jax.device_put(np.ones(3, np.float32), jax.devices()[1])
+
+    class Tool(Echo):
+        def step(self, states, actions):
+            assert count(weights, np.ones(3, np.float32)) == 3
+            return super().step(states, actions)
+
+    alone, _ = play(params, Tool(2))
+    mesh = models.make_mesh(fsdp=4, data=2)
+    with models.use_mesh(mesh):
+        spread, _ = play(jax.device_put(params, models.shardings(CONFIG, mesh)), Tool(2), fuse=False)
+    np.testing.assert_array_equal(spread.ids, alone.ids)
+    np.testing.assert_allclose(spread.logprobs, alone.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize(
