@@ -20,17 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from models.attention import Look, attention
 from models.config import Config
 from models.draw import sample_token
 from models.linear import Quantized, quantize
+from models.platform import platform
 from models.rope import rope_table
-from models.sharding import constrain, to_host
+from models.sharding import constrain, spec_for, to_host
 from models.stops import StopTable
 from models.taps import Edit, Reduced, Taps, check_sites, layers_of
 from models.transformer import block, check_tokens, embed, rms_norm, unembed
 
+_SORTED = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}  # of scatters into a cache
 FINISH_LENGTH, FINISH_EOS, FINISH_STOP = 0, 1, 2  # FINISH_STOP + j means stop string j
 
 
@@ -113,8 +116,32 @@ def _write(cache: jax.Array | Quantized, rows, slots, x: jax.Array) -> jax.Array
     """x [B, T, K, H] at ``slots`` [B, T] of a cache [B, K, S, H]."""
     if isinstance(cache, Quantized):
         x = quantize(x, -1)
-    how = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
-    return jax.tree.map(lambda cache, x: cache.at[rows, :, slots].set(x, **how), cache, x)
+    if platform() == "tpu":
+        return jax.tree.map(lambda cache, x: _write_by_head(cache, slots, x), cache, x)
+    return jax.tree.map(lambda cache, x: cache.at[rows, :, slots].set(x, **_SORTED), cache, x)
+
+
+def _write_by_head(cache: jax.Array, slots: jax.Array, x: jax.Array) -> jax.Array:
+    """:func:`_write` with each head of a row as a row of its own.
+
+    A scatter of all heads of a token at once wants heads inside time. On a TPU the loop over tokens would then hold the
+    cache in that order, and copy all of it where it begins and where it ends: a second cache in memory. The compiler
+    turns other forms of the scatter into that one, rows and heads in one dimension excepted; with these on a mesh it
+    could not tell that every device keeps to its own, so each is told.
+    """
+
+    def local(cache, slots, x):
+        (B, K, S, H), T = cache.shape, slots.shape[1]
+        at = jnp.arange(B * K)[:, None], jnp.repeat(slots, K, axis=0)
+        x = x.swapaxes(1, 2).reshape(B * K, T, H)
+        return cache.reshape(B * K, S, H).at[at].set(x, **_SORTED).reshape(cache.shape)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        batch, heads = spec_for(mesh, cache.shape[:2], ("batch", "kv_heads"))
+        whole, tokens = PartitionSpec(batch, heads), PartitionSpec(batch, None, heads)
+        local = jax.shard_map(local, in_specs=(whole, PartitionSpec(batch), tokens), out_specs=whole)
+    return local(cache, slots, x)
 
 
 def _read(cache: jax.Array | Quantized, view: int, dtype: str) -> jax.Array:
@@ -158,8 +185,7 @@ def run_tokens(weights, config: Config, session: Session, tokens, counts, view: 
         records = taps.finish()
         if routing is not None and "moe.index" in records:
             index = records["moe.index"].reshape(B, T, -1).astype(routing.dtype)
-            how = {"mode": "drop", "unique_indices": True, "indices_are_sorted": True}
-            routing = routing.at[rows, slots, i - config.first_dense].set(index, **how)
+            routing = routing.at[rows, slots, i - config.first_dense].set(index, **_SORTED)
         for name, value in records.items():
             parts.setdefault(name, []).append(value)
     if "moe.index" not in hooks.record:

@@ -21,6 +21,7 @@ MESH = {"data": 1, "fsdp": 4, "expert": 1, "tensor": 2}
 SMALL = [
     "--config.model.fields.num_hidden_layers=5", "--config.model.fields.hidden_size=256",
     "--config.model.fields.intermediate_size=512", "--config.model.fields.vocab_size=1024",
+    "--config.model.fields.eos_token_id=1",
     "--config.rl.prompts_per_step=2", "--config.rl.micro_batches=2", "--config.rl.logprob_chunk=64",
     "--config.rollout.max_prompt=64", "--config.rollout.max_total=256", "--config.rollout.max_new=128",
 ]  # fmt: skip
@@ -353,6 +354,18 @@ def test_a_small_plan(capsys, tmp_path):
     layer = 2 * (256 * (32 + 2 * 8) * 128 + 32 * 128 * 256 + 3 * 256 * 512) / 2  # bfloat16, half of it per tensor
     assert 2 * 5 * layer * 2 < gathered < 2 * 5 * layer * 4  # slices x layers: forward, recomputed, backward
     assert "fits" in capsys.readouterr().out
+
+
+@pytest.mark.tpu
+def test_a_loop_over_tokens_keeps_no_second_cache(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    long = ["--config.rl.prompts_per_step=8", "--config.rollout.max_total=4096", "--programs=decode"]
+    words = ["--config=plan", "--topology=v5e:2x2", "--config.mesh.tensor=2", f"--json={path}", *SMALL, *long]
+    assert cli.main(["plan", *words]) == cli.OK
+    (decode,) = json.loads(path.read_text())["programs"]
+    cache = 5 * 2 * (64 / 2) * (8 / 2) * 4096 * 128 * 2  # layers, keys and values, rows, heads, slots, width, bfloat16
+    assert decode["aliased"] == pytest.approx(cache, rel=0.02)
+    assert decode["temporary"] < 0.5 * cache
 
 
 @pytest.mark.tpu

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import models
-from models import Config
+from models import Config, sample
 from models.draw import _bisect_floor, _truncate
 from models.layout import decode_weights
+from models.linear import quantize
 from models.sample import decode, prefill
 
 BASE = Config(vocab_size=60, dim=16, layers=2, heads=4, kv_heads=2, head_dim=6, ffn_dim=24, init_std=0.4)
@@ -103,3 +104,23 @@ def test_truncation_keeps_ties_and_ignores_impossible_tokens():
     np.testing.assert_array_equal(kept, [[True, True, False, False], [False, True, False, False]])
     kept = np.isfinite(_truncate(logits, jnp.float32(1.0), jnp.int32(0)))
     np.testing.assert_array_equal(kept, np.isfinite(logits))
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}])
+@pytest.mark.parametrize("int8", [False, True])
+def test_writing_head_by_head_is_writing(axes, int8, monkeypatch):
+    """The form for TPUs, with padding that is to be dropped; rows that the mesh divides, and heads that it does not."""
+    rng = np.random.default_rng(0)
+    cache = jnp.asarray(rng.normal(size=(4, 2, 12, 8)), jnp.float32)
+    cache = quantize(cache, -1) if int8 else cache
+    x = jnp.asarray(rng.normal(size=(4, 3, 2, 8)), jnp.float32)
+    slots = jnp.asarray([[0, 1, 2], [9, 10, 11], [4, 5, 14], [12, 13, 14]])
+    rows = jnp.arange(4)[:, None]
+    expected = sample._write(cache, rows, slots, x)
+    monkeypatch.setattr(sample, "platform", lambda: "tpu")
+    with models.use_mesh(models.make_mesh(**axes) if axes else None):
+        found = jax.jit(lambda *a: sample._write(*a))(cache, rows, slots, x)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    kept = jax.tree.leaves(found)[0][3], jax.tree.leaves(cache)[0][3]
+    np.testing.assert_array_equal(*kept)  # all of its tokens are padding
+    assert (np.asarray(jax.tree.leaves(found)[0][1, :, 9:]) != np.asarray(jax.tree.leaves(cache)[0][1, :, 9:])).any()
