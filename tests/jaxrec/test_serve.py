@@ -9,6 +9,7 @@ import openai
 import pytest
 
 import models
+from jaxrec import serve_engine
 from jaxrec.serve_engine import Engine, Job
 from models import sample, slots
 from tests.jaxrec.served import FIXTURES, PROMPTS, alone, complete, running, until, world_model
@@ -174,7 +175,7 @@ def test_several_answers_differ_and_a_seed_repeats_them(client):
     assert complete(client, " who", n=3, temperature=1, seed=2**40 + 1).choices[0].text != texts[0][0]
 
 
-def test_eight_clients_at_once_get_what_they_would_get_alone(client, engine, model):
+def test_eight_clients_at_once_get_what_they_would_get_alone(client, engine, model, monkeypatch):
     """Twice over, of different lengths, with a stream, a drawn answer and a stop string among them."""
     lengths = [5, 40, 12, 21, 33, 8, 27, 16]
     expected = [alone(model, prompt, max_new_tokens=n).text for prompt, n in zip(PROMPTS, lengths)]
@@ -193,6 +194,14 @@ def test_eight_clients_at_once_get_what_they_would_get_alone(client, engine, mod
         start.wait(300)
         return complete(client, " who", temperature=1, seed=7).choices[0].text
 
+    real, present = serve_engine.advance, lambda: engine.state()["active"] + engine.state()["waiting"]
+
+    def advance(*args, **options):  # the first slice begins once all ten are there
+        monkeypatch.setattr(serve_engine, "advance", real)
+        until(lambda: present() == 10)
+        return real(*args, **options)
+
+    monkeypatch.setattr(serve_engine, "advance", advance)
     engine.counts["largest_batch"] = 0
     with ThreadPoolExecutor(10) as pool:
         futures = [pool.submit(ask, prompt, n) for prompt, n in zip(PROMPTS, lengths)]

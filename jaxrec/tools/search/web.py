@@ -14,9 +14,10 @@ import hashlib
 import json
 import os
 import random
+import ssl
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,16 +81,16 @@ class _SearchError(Exception):
 
 class WebSearch:
     """A search backend over the live web. ``counts``: requests, retries, pages read, pages failed by kind, entries
-    dropped. fetch: None reads no pages and returns snippets.
+    dropped. fetch: None reads no pages and returns snippets. sleep: what waits between tries and for the rate.
 
     Raises ValueError where the key is missing or cannot be sent. The key stands in no repr, message or log of ours.
     """
 
-    def __init__(self, settings: WebSettings, fetch: FetchSettings | None = _FETCH):
-        import httpx
-
-        self.settings, self.fetch = settings, fetch
-        self._certificates = httpx.create_ssl_context()  # slow to make
+    def __init__(
+        self, settings: WebSettings, fetch: FetchSettings | None = _FETCH, *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ):  # fmt: skip
+        self.settings, self.fetch, self._sleep = settings, fetch, sleep
         self._key = _read_key(settings.key_env)
         self._lock, self._next = threading.Lock(), 0.0
         self._robots: dict = {}
@@ -115,14 +116,14 @@ class WebSearch:
     def excluding(self, hosts: Sequence[str]) -> "WebSearch":
         """This search without more hosts; another id, so that results are not mixed up."""
         exclude = (*self.settings.exclude, *hosts)
-        return WebSearch(dataclasses.replace(self.settings, exclude=exclude), self.fetch)
+        return WebSearch(dataclasses.replace(self.settings, exclude=exclude), self.fetch, sleep=self._sleep)
 
     async def _batch(self, queries: list[str], k: int) -> list:
         import httpx
 
         s = self.settings
         end = time.monotonic() + s.deadline_s
-        client = functools.partial(httpx.AsyncClient, verify=self._certificates, timeout=s.timeout_s)
+        client = functools.partial(httpx.AsyncClient, verify=_certificates(), timeout=s.timeout_s)
         # No connection is kept for a next page: two hosts at one address must not share one.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with client() as endpoint, client(trust_env=False, limits=limits) as outside:
@@ -199,7 +200,7 @@ class WebSearch:
                 if not left or time.monotonic() + wait > end:
                     raise _SearchError(again.kind, str(again)) from None
                 self._count("retries")
-                await asyncio.sleep(wait)
+                await self._sleep(wait)
         raise AssertionError("tries is at least 1")
 
     async def _post(self, payload: dict[str, Any], endpoint) -> Any:
@@ -231,7 +232,7 @@ class WebSearch:
         with self._lock:  # batches of several threads share the rate
             now = time.monotonic()
             turn = self._next = max(now, self._next + 1 / self.settings.rate)
-        await asyncio.sleep(turn - now)
+        await self._sleep(turn - now)
 
     def _count(self, *names: str) -> None:
         with self._lock:
@@ -247,6 +248,13 @@ class _Again(_SearchError):
     def __init__(self, kind: str, message: str, wait_s: float | None):
         super().__init__(kind, message)
         self.wait_s = wait_s
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    import httpx
+
+    return httpx.create_ssl_context()  # slow to make
 
 
 def _read_key(variable: str) -> str:

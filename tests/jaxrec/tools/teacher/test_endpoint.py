@@ -30,7 +30,7 @@ from jaxrec.tools.teacher import (
 from tests.jaxrec.served import running, world_model
 
 KEY = "sk-very-secret-0123456789"
-LIMITS = Limits(concurrency=4, timeout=60, tries=3, first_wait=1.0)
+LIMITS = Limits(concurrency=4, timeout=300, tries=3, first_wait=1.0)
 
 
 class Misbehaving(http.server.BaseHTTPRequestHandler):
@@ -126,7 +126,7 @@ def passing(h, text, count):
     if text == "busy":
         return h.answer({"error": {"message": "slow down"}}, 429, [("Retry-After", "7")])
     if text == "date":
-        return h.answer({}, 503, [("Retry-After", email.utils.formatdate(time.time() + 30, usegmt=True))])
+        return h.answer({}, 503, [("Retry-After", email.utils.formatdate(time.time() + 3000, usegmt=True))])
     if text == "broken":
         return h.answer(b"<html>Bad gateway</html>", 502)
     if text == "cut":
@@ -134,19 +134,20 @@ def passing(h, text, count):
     if text == "no json":
         return h.answer(b'{"choices": [')
     h.close_connection = True
-    return h.connection.shutdown(socket.SHUT_RDWR)
+    return h.connection.shutdown(socket.SHUT_RDWR)  # close() alone would leave its files open
 
 
 def test_what_may_pass_is_tried_again_after_a_while():
     waits: list[float] = []
     texts = ["busy", "date", "broken", "cut", "no json", "closed"]
     with misbehaving(passing) as server:
-        asked = teacher(server, Limits(concurrency=1, timeout=60, tries=3, first_wait=2.0), waits)
+        patience = Limits(concurrency=1, timeout=300, tries=3, first_wait=2.0, longest_wait=10_000)
+        asked = teacher(server, patience, waits)
         answers = asked.ask([ask_text("judge", text) for text in texts])
     assert [answer.text for answer in answers] == [text.upper() for text in texts]
     assert len(server.seen) == 18
     assert waits[:2] == [7, 7]
-    assert all(20 < wait <= 31 for wait in waits[2:4])
+    assert all(2000 < wait <= 3001 for wait in waits[2:4])
     for first, second in zip(waits[4::2], waits[5::2], strict=True):
         assert 1 <= first < 3
         assert 2 <= second < 6
@@ -197,11 +198,12 @@ def test_slow_answers_are_given_up(drip):
                     h.wfile.write(b" ")
 
     with misbehaving(slow) as server:
-        start = time.monotonic()
-        (answer,) = teacher(server, Limits(timeout=0.5, tries=1)).ask([ask_text("judge", "x")])
-        over.set()
+        try:
+            (answer,) = teacher(server, Limits(timeout=0.5, tries=1)).ask([ask_text("judge", "x")])
+            assert not over.is_set()
+        finally:
+            over.set()
     assert answer.kind == "timeout"
-    assert time.monotonic() - start < 30
 
 
 def test_requests_run_side_by_side_but_no_more_than_allowed():
@@ -211,7 +213,7 @@ def test_requests_run_side_by_side_but_no_more_than_allowed():
         with lock:
             inside[0] += 1
             most[0] = max(most[0], inside[0])
-        together.wait(60)  # passes only when four are inside
+        together.wait(300)  # passes only when four are inside
         with lock:
             inside[0] -= 1
         h.say(text)
@@ -236,7 +238,7 @@ def test_a_teacher_that_goes_down_is_given_up_and_a_later_run_loses_nothing(tmp_
         said.append(text)
         return h.say(f"reply to {text}")
 
-    limits = Limits(concurrency=1, timeout=60, tries=2, give_up_after=3)
+    limits = Limits(concurrency=1, timeout=300, tries=2, give_up_after=3)
     with misbehaving(goes_down) as server:
         inner = teacher(server, limits)
         inner.id = "the same teacher"
