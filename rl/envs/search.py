@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rl.envs.base import Action, Step
-from rl.envs.tags import TagStyle, answers, cut_words, marked, neutralise, parse_query
+from rl.envs.tags import TagStyle, answers, control_tags, cut_words, marked, neutralize, parse_query
 from rl.trajectory import Status
 
 FINISH = (
@@ -201,7 +201,8 @@ class SearchEnv:
         reserved: Sequence[str] = (),
     ):  # fmt: skip
         self.search, self.style, self.options = search, style, options
-        self.write, self.chat, self.reserved = write, chat, tuple(reserved)
+        self.write, self.chat, self._control = write, chat, control_tags(style, reserved)
+        neutralize("", self._control)  # what cannot be broken up is an error now
         self.stop = (style.query_close,)
         self._instructions = "" if options.short else instructions(style, options.max_searches)
 
@@ -241,7 +242,7 @@ class SearchEnv:
 
     def result(self, body: str) -> str:
         """A result as the policy reads it: its body disarmed and cut, between the result tags."""
-        body = cut_words(neutralise(body, self.style, self.reserved), self.options.max_result_words)
+        body = cut_words(neutralize(body, self._control), self.options.max_result_words)
         gap = "\n" if self.style.lines else ""
         return f"\n\n{self.style.result_open}{gap}{body}{gap}{self.style.result_close}\n\n"
 

@@ -1,15 +1,21 @@
 """Control tags of language models that search: three styles, how to read what a policy wrote, how to disarm other text.
 
 Everything here works on text whose author is known. A tag counts only where the policy wrote it; text that a tool
-returns is disarmed by :func:`neutralise` before the policy sees it.
+returns is disarmed by :func:`neutralize` before the policy sees it.
 """
 
 import dataclasses
+import functools
 import re
+import string
+import unicodedata
 from collections.abc import Sequence
 
 TOOL = "\x00"  # stands for a tool's segment in ``marked`` texts; no tokenizer makes it of ordinary text
 BOX = "\\boxed"
+_MARKUP = ("<|", "|>", "</", "<!", *(f"<{letter}" for letter in string.ascii_lowercase))
+_LOOKALIKES = {"<": "\u2039", "\\": "\u2216"}  # NFKC leaves these as they are
+_OTHER = "\u00b7"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,25 +163,64 @@ def marked(segments: Sequence[tuple[str, str]]) -> str:
 # --- what others wrote ------------------------------------------------------------------------------------------------
 
 
-def neutralise(text: str, style: TagStyle, reserved: Sequence[str] = ()) -> str:
-    """Text from outside with every control tag broken by a blank, so that it neither ends a span nor asks for one.
+def control_tags(style: TagStyle, reserved: Sequence[str] = ()) -> tuple[str, ...]:
+    """What text from outside may not hold under a style, for :func:`neutralize`: its tags, ``\\boxed``, whatever looks
+    like a tag of any style or model (``<x``, ``</``, ``<|``, ``|>``), and the bare names of tags with underscores,
+    which would look like half-written ones. reserved: more strings, such as a tokenizer's special tokens."""
+    names = (tag.strip("</|>") for tag in style.tags)
+    return (*style.tags, BOX, *_MARKUP, *(name for name in names if "_" in name), *reserved)
 
-    Whatever looks like a tag (``<x``, ``</x``, ``<|``, ``|>``, full-width brackets too) is broken, of whatever style or
-    model, and so is ``\\boxed``. The bare names of tags with underscores lose them (``begin_search_query``). reserved:
-    further strings, such as a tokenizer's special tokens.
+
+def neutralize(text: str, tags: Sequence[str]) -> str:
+    """``text`` with the first character of every control tag replaced by one that looks like it; as long as before.
+
+    A tag is found as a lenient reader would see it: in any case and compatible form (``＜/DOCUMENT＞``; some tokenizers
+    apply NFKC), with invisible characters inside it, and where tags overlap. ``TOOL`` becomes a blank. Raises
+    ValueError for a tag of fewer than two visible characters, or that holds a replacement.
     """
+    folded_tags = [_folded_tag(tag) for tag in tags]
     text = text.replace(TOOL, " ")
-    for tag in style.tags:
-        name = tag.strip("</|>")
-        if "_" in name:
-            text = text.replace(name, name.replace("_", " "))
-    text = re.sub(r"([<\uff1c])(?=[/|!A-Za-z\uff5c])", r"\1 ", text)
-    text = re.sub(r"([|\uff5c])(?=[>\uff1e])", r"\1 ", text)
-    text = re.sub(r"\\(?=boxed)", r"\\ ", text)
-    for word in (*style.tags, *reserved):
-        if word in text:
-            text = text.replace(word, f"{word[:1]} {word[1:]}")
+    while starts := _starts(text, folded_tags):
+        letters = list(text)
+        for start in starts:
+            letters[start] = _LOOKALIKES.get(_fold(letters[start])[:1], _OTHER)
+        text = "".join(letters)
     return text
+
+
+def _folded_tag(tag: str) -> str:
+    if not isinstance(tag, str):
+        raise ValueError(f"control tags are texts, not {tag!r}")
+    folded = "".join(map(_fold, tag))
+    if len(folded.strip()) < 2 or folded[0].isspace() or set(folded) & {*_LOOKALIKES.values(), _OTHER}:
+        raise ValueError(
+            f"control tag {tag!r} cannot be neutralised: it needs two visible characters, the first one so"
+        )
+    return folded
+
+
+@functools.lru_cache(maxsize=65_536)
+def _fold(character: str) -> str:
+    """What a lenient reader makes of a character: "" where it is invisible."""
+    if unicodedata.category(character) in ("Cf", "Mn") or "\ufe00" <= character <= "\ufe0f":
+        return ""
+    return unicodedata.normalize("NFKC", character).casefold()
+
+
+def _starts(text: str, tags: Sequence[str]) -> set[int]:
+    """Places in ``text`` of the characters with which folded tags begin; those of overlapping ones too."""
+    if text.isascii():
+        folded, places = text.lower(), range(len(text))
+    else:
+        pieces = [_fold(character) for character in text]
+        folded, places = "".join(pieces), [i for i, piece in enumerate(pieces) for _ in piece]
+    starts = set()
+    for tag in tags:
+        at = folded.find(tag)
+        while at >= 0:
+            starts.add(places[at])
+            at = folded.find(tag, at + 1)
+    return starts
 
 
 def cut_words(text: str, most: int) -> str:

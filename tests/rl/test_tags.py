@@ -1,5 +1,7 @@
 """Control tags: what the policy asked and answered, and that text from outside can do neither."""
 
+import unicodedata
+
 import pytest
 
 from rl.envs import tags
@@ -69,14 +71,16 @@ def test_no_control_tag_survives_in_text_from_outside(style):
     hostile = " ".join(
         ["x", *every, r"\boxed{x}", r"\\boxed{y}", "<|im_end|>", "</s>", TOOL, "[INST]", "1 < 2 | 3 > 2"]
     )
-    out = tags.neutralise(hostile, style, reserved=("[INST]",))
+    control = tags.control_tags(style, reserved=("[INST]",))
+    out = tags.neutralize(hostile, control)
+    assert len(out) == len(hostile)
     assert not [tag for tag in [*every, r"\boxed", "<|", "|>", "</s>", "[INST]", TOOL] if tag in out]
     assert "1 < 2 | 3 > 2" in out
     assert tags.parse_query(out, style) is None
     assert tags.answers(out, style) == []
-    assert tags.neutralise(out, style, reserved=("[INST]",)) == out
+    assert tags.neutralize(out, control) == out
     nested = "<" + style.query_close + style.query_close[1:]  # breaking the inner one must not make an outer one
-    assert style.query_close not in tags.neutralise(nested, style)
+    assert style.query_close not in tags.neutralize(nested, control)
     for tag in style.tags:  # bare names would look like half-written tags to the curation of trajectories
         name = tag.strip("</|>")
         assert "_" not in name or name not in out
@@ -84,7 +88,49 @@ def test_no_control_tag_survives_in_text_from_outside(style):
 
 def test_text_without_tags_stays_as_it_is():
     text = "Paris (France) is < 3 h away; see $5|6$ at https://x.org/a_b?c=d&e."
-    assert tags.neutralise(text, PP) == text
+    assert tags.neutralize(text, tags.control_tags(PP)) == text
+
+
+TAGS = ("<document>", "</document>", "<external>", "\\boxed{", "<|begin_search_result|>", "**Final Information**")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a</document>b",
+        "A</DOCUMENT><|Begin_Search_Result|>",
+        "\\boxed{x} \\BOXED{y}",
+        "</docu</document>ment>",  # what is left after a naive removal
+        "\uff1c/document\uff1e",  # full width: a tag after NFKC
+        "</doc\u200bument>",  # zero width space
+        "</docu\u00adment>",  # soft hyphen
+        "</docum\u0301ent>",  # a combining mark
+        "\uff3cboxed\uff5b",
+        "<<document>>",
+        "**final information**",
+        "é </document>",
+    ],
+)
+def test_no_tag_survives(text: str):
+    broken = tags.neutralize(text, TAGS)
+    assert len(broken) == len(text)
+    assert broken != text
+    assert tags.parse_query(broken, PP) is None
+    # A lenient reader: compatible forms, no invisible characters, no accents, any case.
+    read = "".join(c for c in unicodedata.normalize("NFKD", broken) if unicodedata.category(c) not in ("Cf", "Mn"))
+    for tag in TAGS:
+        assert tag.lower() not in read.lower()
+    assert tags.neutralize(broken, TAGS) == broken
+
+
+def test_overlapping_tags_and_innocent_text():
+    assert "aba" not in tags.neutralize("ababababa", ["aba"])
+    text = "x < y, <doc>, boxed{2}, naïve ﬁ and 1 > 0"
+    assert tags.neutralize(text, TAGS) == text
+    assert tags.neutralize("", TAGS) == ""
+    for tag in ("", "<", " x", "\u200b<", "‹a"):
+        with pytest.raises(ValueError, match="control tag"):
+            tags.neutralize("x", [tag])
 
 
 def test_cut_words():

@@ -6,7 +6,7 @@ The backends are not imported here, because bm25s, jax and httpx are slow to imp
 
 from jaxrec.tools.search.base import KINDS, Backend, Passage, Result, Search, failure
 from jaxrec.tools.search.corpus import PassageStore, Report, build_store, read_passages, split_article
-from jaxrec.tools.search.formatting import Caps, format_passages, neutralize
+from jaxrec.tools.search.formatting import Caps, format_passages
 from jaxrec.tools.search.wrappers import Counts, Recorded, ResultCache, SearchTool
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "build_store",
     "failure",
     "format_passages",
-    "neutralize",
     "read_passages",
     "split_article",
 ]

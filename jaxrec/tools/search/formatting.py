@@ -1,21 +1,17 @@
 """Passages as a language model reads them: hard caps, and no control tag that the policy's parser could take for real.
 
 What a corpus or a web page says is untrusted. Tags are broken in the finished text, after every cut and every joining,
-so that none can arise later; they are found as a lenient reader would see them, without regard to case, to compatible
-forms of characters (NFKC, which some tokenizers apply) and to invisible ones.
+so that none can arise later.
 """
 
 import dataclasses
-import functools
-import unicodedata
 from collections.abc import Sequence
 
 from jaxrec.tools.search.base import Passage, one_line
+from rl.envs.tags import neutralize
 
 STYLES = ("r1_searcher", "numbered")
 NOTHING = "None"  # what stands in place of passages where nothing was found (R1-Searcher)
-_LOOKALIKES = {"<": "\u2039", "\\": "\u2216"}  # NFKC leaves these as they are
-_OTHER = "\u00b7"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,53 +69,3 @@ def _line(style: str, number: int, title: str, url: str, text: str) -> str:
     if style == "r1_searcher":
         return f"({number}){title}   {text}"
     return f"{number}. {title}{f' ({url})' if url else ''}\n{text}"
-
-
-def neutralize(text: str, tags: Sequence[str]) -> str:
-    """``text`` with the first character of every control tag replaced by one that looks like it; as long as before.
-
-    A tag is found in any case and compatible form (``＜/DOCUMENT＞``), with invisible characters inside it, and where
-    tags overlap. Raises ValueError for a tag of fewer than two visible characters, or that holds a replacement.
-    """
-    folded_tags = [_folded_tag(tag) for tag in tags]
-    while starts := _starts(text, folded_tags):
-        letters = list(text)
-        for start in starts:
-            letters[start] = _LOOKALIKES.get(_fold(letters[start])[:1], _OTHER)
-        text = "".join(letters)
-    return text
-
-
-def _folded_tag(tag: str) -> str:
-    if not isinstance(tag, str):
-        raise ValueError(f"control tags are texts, not {tag!r}")
-    folded = "".join(map(_fold, tag))
-    if len(folded.strip()) < 2 or folded[0].isspace() or set(folded) & {*_LOOKALIKES.values(), _OTHER}:
-        raise ValueError(
-            f"control tag {tag!r} cannot be neutralised: it needs two visible characters, the first one so"
-        )
-    return folded
-
-
-@functools.lru_cache(maxsize=65_536)
-def _fold(character: str) -> str:
-    """What a lenient reader makes of a character: "" where it is invisible."""
-    if unicodedata.category(character) in ("Cf", "Mn") or "\ufe00" <= character <= "\ufe0f":
-        return ""
-    return unicodedata.normalize("NFKC", character).casefold()
-
-
-def _starts(text: str, tags: Sequence[str]) -> set[int]:
-    """Places in ``text`` of the characters with which folded tags begin; those of overlapping ones too."""
-    if text.isascii():
-        folded, places = text.lower(), range(len(text))
-    else:
-        pieces = [_fold(character) for character in text]
-        folded, places = "".join(pieces), [i for i, piece in enumerate(pieces) for _ in piece]
-    starts = set()
-    for tag in tags:
-        at = folded.find(tag)
-        while at >= 0:
-            starts.add(places[at])
-            at = folded.find(tag, at + 1)
-    return starts

@@ -1,10 +1,8 @@
 """Passages as text: the two styles, hard caps, and control tags that must not survive."""
 
-import unicodedata
-
 import pytest
 
-from jaxrec.tools.search import Caps, Passage, Result, failure, format_passages, neutralize
+from jaxrec.tools.search import Caps, Passage, Result, failure, format_passages
 from jaxrec.tools.search.base import from_json, to_json
 
 TAGS = ("<document>", "</document>", "<external>", "\\boxed{", "<|begin_search_result|>", "**Final Information**")
@@ -60,34 +58,6 @@ def test_caps_are_hard():
         Caps(passage_words=0)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "a</document>b",
-        "A</DOCUMENT><|Begin_Search_Result|>",
-        "\\boxed{x} \\BOXED{y}",
-        "</docu</document>ment>",  # what is left after a naive removal
-        "\uff1c/document\uff1e",  # full width: a tag after NFKC
-        "</doc\u200bument>",  # zero width space
-        "</docu\u00adment>",  # soft hyphen
-        "</docum\u0301ent>",  # a combining mark
-        "\uff3cboxed\uff5b",
-        "<<document>>",
-        "**final information**",
-        "é </document>",
-    ],
-)
-def test_no_tag_survives(text: str):
-    broken = neutralize(text, TAGS)
-    assert len(broken) == len(text)
-    assert broken != text
-    # A lenient reader: compatible forms, no invisible characters, no accents, any case.
-    read = "".join(c for c in unicodedata.normalize("NFKD", broken) if unicodedata.category(c) not in ("Cf", "Mn"))
-    for tag in TAGS:
-        assert tag.lower() not in read.lower()
-    assert neutralize(broken, TAGS) == broken
-
-
 def test_tags_that_appear_only_in_the_finished_text():
     split = format_passages([passage("x", "a </docu\x00ment> b")], tags=TAGS)  # once the control character is gone
     assert "</document>" not in split
@@ -98,13 +68,3 @@ def test_tags_that_appear_only_in_the_finished_text():
     assert "<external ..." not in cut
     marked = format_passages([passage("T", "x <external y")], tags=["<external ..."], caps=Caps(passage_words=3))
     assert marked == "(1)T   x ‹external ..."
-
-
-def test_overlapping_tags_and_innocent_text():
-    assert "aba" not in neutralize("ababababa", ["aba"])
-    text = "x < y, <doc>, boxed{2}, naïve ﬁ and 1 > 0"
-    assert neutralize(text, TAGS) == text
-    assert neutralize("", TAGS) == ""
-    for tag in ("", "<", " x", "\u200b<", "‹a"):
-        with pytest.raises(ValueError, match="control tag"):
-            neutralize("x", [tag])
