@@ -78,16 +78,16 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.model.window = 6
         c.train.update({"steps": 1200, "batch_size": 8, "lr": 3e-3, "muon_lr": 0.0})
     if variant in ("searcher", "tiny_searcher"):
-        # Facts of half of the subjects are learned by heart. Those of the passages that it learns to read are made up
-        # anew for each prompt, so that the other half stays unknown.
-        c.world.update({"internal": 0.5, "both": 0.5, "titles": 0, "documents": (1, 4)})
+        # Facts of half of 400 subjects are learned by heart. Those of the passages that it learns to read are made up
+        # anew for each prompt, so that all others stay unknown.
+        c.world.update({"internal": 0.5, "both": 0.5, "titles": 400, "documents": (1, 4)})
         c.world.distractors = (1, 1)
-        c.text.update({"domains": ("facts", "reading"), "statements": 8000})
+        c.text.update({"domains": ("facts", "reading"), "statements": 10000})
         c.text.prompt_weight = 0.05
         c.text.repeats = 16000
         c.text.search = True  # the tokenizer knows the tags of the search systems
         c.model.window = 6
-        c.train.update({"steps": 1200, "lr": 3e-3, "muon_lr": 0.0})
+        c.train.steps = 1200
     if variant in ("conflict", "tiny_conflict"):
         c.world.titles = 300
         # Narrow attention and wide MLPs, so that facts are kept in neurons rather than in what attention carries.
