@@ -39,7 +39,7 @@ from rl.metrics import MetricsWriter
 from rl.optimizer import OptimizerConfig, init_state
 from rl.policy import GRPOConfig
 from rl.rollout import RolloutConfig, rollout
-from rl.rows import encode_rows
+from rl.rows import encode_rows, pad_rows
 from rl.search_rewards import SearchReward, SearchRewardConfig
 from rl.trainer import train
 
@@ -154,8 +154,8 @@ def policy_config(config: Any, seed: int, memory: float | None = None) -> GRPOCo
     return GRPOConfig(
         optimizer=optimizer, prompts_per_step=r.prompts_per_step, group_size=r.group_size,
         micro_batches=r.micro_batches, advantage=r.advantage, aggregation=r.aggregation, clip_low=r.clip,
-        clip_high=r.clip, kl_reward=r.kl, max_total=longest, length_buckets=(longest,), save_every=r.save_every,
-        logprob_chunk=r.logprob_chunk, seed=seed, log_entropy=False, max_env_errors=0.02,
+        clip_high=r.clip, kl_reward=r.kl, max_total=longest, length_buckets=(longest // 2, longest),
+        save_every=r.save_every, logprob_chunk=r.logprob_chunk, seed=seed, log_entropy=False, max_env_errors=0.02,
         aux_weight=config.memory.weight if memory is None else memory,
     )  # fmt: skip
 
@@ -257,17 +257,17 @@ def reinforce(this: Run, name: str, *, eta: float | None = None, memory: float |
     def memorise(step: int, params: Any, states: list[State]):
         rows, counts = rewrite_from_memory(states, env, reward, this.teacher, sampling, m.per_question)
         judging.note_rewrites(this.folder, name, step, counts)
-        most = int(m.share * len(states))
-        chosen = [
-            rows[i] for i in np.random.Generator(np.random.PCG64([this.seed, step])).permutation(len(rows))[:most]
-        ]
+        most = max(1, int(m.share * len(states)))
+        order = np.random.Generator(np.random.PCG64([this.seed, step])).permutation(len(rows))
+        chosen = [rows[i] for i in order[:most]]
         if not chosen:
             return None
-        return encode_rows(chosen, model.tokenizer, model.config.eos_ids[0], this.config.rollout.max_total)[0]
+        arrays, _ = encode_rows(chosen, model.tokenizer, model.config.eos_ids[0], this.config.rollout.max_total)
+        # One number of rows whatever was found: each other one would be a program of its own.
+        return pad_rows(arrays, most, arrays["tokens"].shape[1])
 
-    reference = (
-        jax.tree.map(jnp.copy, model.params) if settings.kl_reward else None
-    )  # the state's buffers are given away
+    # A copy, since the state's buffers are given away.
+    reference = jax.tree.map(jnp.copy, model.params) if settings.kl_reward else None
     state = init_state(model.params, settings.optimizer, this.seed)
     shown = ("reward", "right", "searches", "valid_format")
     with (
