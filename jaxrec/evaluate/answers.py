@@ -14,6 +14,8 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from rl.envs.tags import BOX, command_spans
+
 COVER_FORMS = ("tokens", "run", "substring", "overlap")
 NORMALIZATIONS = ("squad", "r1_searcher")
 
@@ -147,31 +149,11 @@ def short_cover_em(
     prediction: str, answers: str | Sequence[str], protocol: Protocol = R1_SEARCHER, max_words: int = 10
 ) -> float:
     """Cover exact match of a prediction of at most ``max_words`` words, 0 for a longer one: the answer reward of
-    R1-Searcher++ (arXiv 2505.17005 section 4). Naming several answers still pays, see :func:`named_candidates`."""
+    R1-Searcher++ (arXiv 2505.17005 section 4). Naming several answers still pays, see
+    ``rl.search_rewards.reward_hacks``."""
     if len(prediction.split()) > max_words:
         return 0.0
     return cover_em(prediction, answers, protocol.cover, protocol.normalization)
-
-
-def named_candidates(prediction: str, candidates: Sequence[str], normalization: str = "r1_searcher") -> int:
-    """How many different candidates a prediction names, as words in a row; two or more may be a hedge."""
-    different = {normalize_answer(candidate, normalization) for candidate in candidates} - {""}
-    said = normalize_answer(prediction, normalization)
-    return sum(_has_run(said, candidate) for candidate in different)
-
-
-def command_spans(text: str, command: str) -> list[tuple[int, int]]:
-    r"""Where ``command{...}`` with matching braces stands, e.g. of ``\text``: (first character, one past the last), in
-    the order of their beginnings. A brace after a backslash is none; what is never closed does not count."""
-    spans, opened = [], []
-    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        if found[0] == "{":
-            opened.append(found.start())
-        elif found[0] == "}" and opened:
-            start = opened.pop() - len(command)
-            if text.startswith(command, max(start, 0)) and start >= 0:
-                spans.append((start, found.end()))
-    return sorted(spans)
 
 
 def _unwrap(text: str, command: str) -> str:
@@ -203,11 +185,11 @@ def last_boxed(text: str) -> str:
     r"""The content of the last ``\boxed{...}`` whose braces match, with ``\text{...}`` unwrapped and parentheses around
     the whole stripped; "" where there is none (arXiv 2505.16834 section 9; the released pattern takes everything up to
     a line's last brace)."""
-    spans = command_spans(text, r"\boxed")
+    spans = command_spans(text, BOX)
     if not spans:
         return ""
     start, end = spans[-1]
-    return _without_parentheses(_unwrap(text[start + len(r"\boxed{") : end - 1], r"\text").strip())
+    return _without_parentheses(_unwrap(text[start + len(BOX) + 1 : end - 1], r"\text").strip())
 
 
 def parse_verdict(reply: str) -> bool | None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxrec.config import write_atomic
-from jaxrec.evaluate.answers import Protocol, command_spans, last_boxed, score_answer
+from jaxrec.evaluate.answers import Protocol, last_boxed, score_answer
 from rl.envs.search import State
+from rl.envs.tags import boxes
 
 AUTHORS = ("policy", "tool")
 
@@ -66,7 +67,7 @@ class Rollout:
     @property
     def prediction(self) -> str:
         r"""The last ``\boxed{...}`` that the policy wrote within one turn; "" where there is none."""
-        boxed = [text for text in self.policy if command_spans(text, r"\boxed")]
+        boxed = [text for text in self.policy if boxes(text)]
         return last_boxed(boxed[-1]) if boxed else ""
 
 

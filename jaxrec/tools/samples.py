@@ -9,9 +9,8 @@ from typing import Any
 
 from jaxrec.config import write_atomic
 from jaxrec.data.qa import Question
-from jaxrec.evaluate.answers import command_spans
 from jaxrec.tools.rollouts import Rollout, check_reproduces, json_lines
-from rl.envs.tags import TagStyle, parse_query
+from rl.envs.tags import BOX, TagStyle, command_spans, parse_query
 
 
 def rewrite_answer(text: str, think_close: str = "</think>") -> str | None:
@@ -21,7 +20,7 @@ def rewrite_answer(text: str, think_close: str = "</think>") -> str | None:
     if start < 0:
         return None
     start += len(think_close)
-    box = next((span for span in command_spans(text, r"\boxed") if span[0] >= start), None)
+    box = next((span for span in command_spans(text, BOX) if span[0] >= start), None)
     if box is None:
         return None
     if not think_close:

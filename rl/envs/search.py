@@ -153,8 +153,13 @@ def numbered(passages: Sequence[Passage], max_words: int) -> str:
     lines = []
     for n, passage in enumerate(passages, start=1):
         title, text = " ".join(passage.title.split()), " ".join(cut_words(passage.text, max_words).split())
-        lines.append(f"({n})" + "   ".join(part for part in (title, text) if part))
+        lines.append(passage_line(n, title, text))
     return "\n".join(lines)
+
+
+def passage_line(number: int, title: str, text: str) -> str:
+    """One passage of :func:`numbered`; either part may be empty."""
+    return f"({number})" + "   ".join(part for part in (title, text) if part)
 
 
 def web_pages(passages: Sequence[Passage], max_words: int) -> str:

@@ -126,24 +126,30 @@ def clean_query(body: str, style: TagStyle) -> str:
     return " ".join(bare.split()) if bare.strip("\"'\u201c\u201d \t\r\n") else ""
 
 
+def command_spans(text: str, command: str) -> list[tuple[int, int]]:
+    r"""Where ``command{...}`` with matching braces stands, e.g. of ``\text``: (first character, one past the last), in
+    the order of their beginnings. A brace after a backslash is none; what is never closed does not count, nor does what
+    goes on past a ``TOOL``."""
+    spans, opened = [], []
+    for found in re.finditer(rf"\\.|[{{}}{TOOL}]", text, re.DOTALL):
+        if found[0] == "{":
+            opened.append(found.start())
+        elif found[0] == TOOL:
+            opened.clear()
+        elif found[0] == "}" and opened:
+            start = opened.pop() - len(command)
+            if text.startswith(command, max(start, 0)) and start >= 0:
+                spans.append((start, found.end()))
+    return sorted(spans)
+
+
 def boxes(text: str) -> list[tuple[int, str]]:
-    """Start and content of every ``\\boxed{...}`` whose braces match, inner boxes left out; ``\\{`` is no brace."""
-    found, at = [], 0
-    while (at := text.find(BOX + "{", at)) >= 0:
-        depth, i = 1, at + len(BOX) + 1
-        while i < len(text) and depth:
-            if text[i] == TOOL:
-                break
-            if text[i] == "\\" and text[i + 1 : i + 2] in ("{", "}", "\\"):
-                i += 1
-            else:
-                depth += {"{": 1, "}": -1}.get(text[i], 0)
-            i += 1
-        if depth:
-            at += len(BOX)
-            continue
-        found.append((at, text[at + len(BOX) + 1 : i - 1].strip()))
-        at = i
+    """Start and content of every ``\\boxed{...}``, see :func:`command_spans`; inner boxes are left out."""
+    found, reached = [], 0
+    for start, end in command_spans(text, BOX):
+        if start >= reached:
+            found.append((start, text[start + len(BOX) + 1 : end - 1].strip()))
+            reached = end
     return found
 
 

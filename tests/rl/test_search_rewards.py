@@ -268,6 +268,9 @@ def test_answers_that_name_several_candidates_are_reported():
     np.testing.assert_array_equal(parts["answer"], [1.0, 0.0])
     assert rewards.reward_hacks([said("Alien Titanic", ())], ["Alien", "Titanic"]) == [0]
     assert rewards.reward_hacks([said("", ())]) == []
+    names = ["Titanic", "Avatar", "titanic!", "Alien", "The"]
+    assert rewards.named_candidates(answers[0], names) == {"avatar", "titanic"}
+    assert rewards.named_candidates("Titanic", names) == {"titanic"}
 
 
 def test_bad_input():

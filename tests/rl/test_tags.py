@@ -54,6 +54,20 @@ def test_boxes_match_their_braces(text, found):
     assert [content for _, content in tags.answers(text, PP)] == found
 
 
+def test_boxes_of_hostile_texts_are_found_in_linear_time():
+    deep = 30_000
+    assert len(tags.command_spans(r"\boxed{x}" * deep, r"\boxed")) == deep
+    assert tags.boxes(r"\boxed{" * deep) == []
+    assert tags.boxes(r"\boxed{" * deep + "x" + "}" * deep)[0][0] == 0
+    assert len(tags.boxes(r"\boxed{" * deep + "x" + "}" * deep)) == 1
+
+
+def test_commands_are_found_with_what_is_inside():
+    text = r"\boxed{a \text{b\}} \boxed{c}} \text{d"
+    assert [text[i:j] for i, j in tags.command_spans(text, r"\boxed")] == [text[:30], r"\boxed{c}"]
+    assert [text[i:j] for i, j in tags.command_spans(text, r"\text")] == [r"\text{b\}}"]
+
+
 def test_answers_between_tags():
     text = "<answer>old</answer> x <answer>open <answer> new\nline </answer>"
     assert [content for _, content in tags.answers(text, R1_SEARCHER)] == ["old", "new\nline"]

@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxrec.tools.search.base import Passage, one_line
+from rl.envs.search import NOTHING, passage_line
 from rl.envs.tags import neutralize
 
 STYLES = ("r1_searcher", "numbered")
-NOTHING = "None"  # what stands in place of passages where nothing was found (R1-Searcher)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,5 +67,5 @@ def format_passages(
 
 def _line(style: str, number: int, title: str, url: str, text: str) -> str:
     if style == "r1_searcher":
-        return f"({number}){title}   {text}"
+        return passage_line(number, title, text)
     return f"{number}. {title}{f' ({url})' if url else ''}\n{text}"

@@ -13,11 +13,9 @@ from jaxrec.evaluate.answers import (
     R1_SEARCHER,
     SIMPLE_DEEP_SEARCHER,
     Protocol,
-    command_spans,
     cover_em,
     exact_match,
     last_boxed,
-    named_candidates,
     normalize_answer,
     parse_verdict,
     score_answer,
@@ -211,8 +209,6 @@ def test_worked_examples_of_r1_searcher():
     assert short_cover_em("City of New York", "New York City", Protocol("r1_searcher", "tokens", True)) == 1
     hedge = "Avatar Titanic Titanic Avatar"
     assert short_cover_em(hedge, "Titanic") == 1
-    assert named_candidates(hedge, ["Titanic", "Avatar", "titanic!", "Alien", "The"]) == 2
-    assert named_candidates("Titanic", ["Titanic", "Avatar"]) == 1
 
 
 def test_protocols_score_by_their_rules():
@@ -264,7 +260,6 @@ def test_boxes_of_hostile_texts_are_found_in_linear_time():
     assert last_boxed(r"\boxed{" * deep + "x" + "}" * deep) == "x"
     assert last_boxed(r"\boxed{" + r"\text{" * deep + "x" + "}" * deep + "}") == "x"
     assert last_boxed(r"\boxed{" + "(" * deep + "x" + ")" * deep + "}") == "x"
-    assert len(command_spans(r"\boxed{x}" * deep, r"\boxed")) == deep
 
 
 def test_a_missing_prediction_scores_nothing():
