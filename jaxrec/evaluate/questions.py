@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxrec.data.lines import cut_torn_line, json_lines
 from jaxrec.data.qa import Question, check_ids
 from jaxrec.evaluate.answers import Protocol, cover_em, parse_verdict, score_answer
 from jaxrec.evaluate.ranking import paired_interval
 from jaxrec.tools.curation import count_reflections
-from jaxrec.tools.rollouts import Rollout, json_lines
+from jaxrec.tools.rollouts import Rollout
 
 METRICS = ("em", "cover", "f1")
 STAGES = ("plan", "pages", "summaries")
@@ -74,10 +75,8 @@ def read_rows(path: str | Path, protocol: Protocol) -> dict[str, Row]:
     path = Path(path)
     if not path.exists():
         return {}
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with open(path, "r+b") as file:
-            file.truncate(data.rfind(b"\n") + 1)
+    with open(path, "r+b") as file:
+        cut_torn_line(file)
     rows: dict[str, Row] = {}
     for where, row in json_lines(path):
         if not isinstance(row.get("id"), str) or not all(isinstance(row.get(m), int | float) for m in METRICS):

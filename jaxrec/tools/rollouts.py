@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrec.config import write_atomic
+from jaxrec.data.lines import json_lines
 from jaxrec.evaluate.answers import Protocol, last_boxed, score_answer
 from rl.envs.search import State
 from rl.envs.tags import boxes
@@ -102,22 +103,6 @@ def write_rollouts(path: str | Path, rollouts: Iterable[Rollout]) -> None:
 def read_rollouts(path: str | Path) -> list[Rollout]:
     """What :func:`write_rollouts` wrote. Raises ValueError naming file and line for anything else."""
     return [_rollout(entry, where) for where, entry in json_lines(Path(path))]
-
-
-def json_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """("FILE:LINE", object) of a file of JSON objects, one a line. Raises ValueError naming the line that is none."""
-    out = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: not JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path}:{number}: an object was expected, not {type(entry).__name__}")
-        out.append((f"{path}:{number}", entry))
-    return out
 
 
 def _rollout(entry: Mapping[str, Any], where: str) -> Rollout:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxrec.config import write_atomic
+from jaxrec.data.lines import json_lines
 from jaxrec.data.qa import Question
-from jaxrec.tools.rollouts import Rollout, check_reproduces, json_lines
+from jaxrec.tools.rollouts import Rollout, check_reproduces
 from rl.envs.tags import BOX, TagStyle, command_spans, parse_query
 
 

@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxrec.config import write_atomic
+from jaxrec.progress import track
 from jaxrec.tools.search.base import Result, answer_valid, check_request
-from jaxrec.tools.search.corpus import PassageStore, read_facts, track
+from jaxrec.tools.search.corpus import PassageStore, read_facts
 
 _VERSION = 1
 _FORMAT = "BM25 index"

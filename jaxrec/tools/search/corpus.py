@@ -16,8 +16,6 @@ import json
 import mmap
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,12 @@ import numpy as np
 
 from jaxrec.config import write_atomic
 from jaxrec.data.delimited import open_bytes
+from jaxrec.progress import track, track_lines
 from jaxrec.tools.search.base import Passage
 
 FORMATS = ("jsonl", "dpr", "kilt", "squad")
 _VERSION = 1
 _BOM = b"\xef\xbb\xbf"
-_LINE_EVERY = 30.0  # seconds between lines of progress in a log file
 
 
 @dataclasses.dataclass
@@ -117,7 +115,7 @@ def _check(passage: Passage, require_title: bool) -> None:
 def _lines(path: Path, form: str, progress: bool) -> Iterator[tuple[str, Callable[[], Passage]]]:
     parse = {"jsonl": _parse_json, "dpr": _parse_dpr, "kilt": _parse_kilt}[form]
     with open_bytes(path) as stream:
-        lines = _with_bar(stream, path) if progress else stream
+        lines = track_lines(stream, path) if progress else stream
         for number, raw in enumerate(lines, start=1):
             where = f"{path}, line {number}"
             raw = (raw.removeprefix(_BOM) if number == 1 else raw).rstrip(b"\r\n")
@@ -312,39 +310,3 @@ def read_facts(path: Path, form: str, version: int) -> dict[str, Any]:
     if found != (form, version):
         raise ValueError(f"{path} is {found[0]!r}, version {found[1]}, not {form!r}, version {version}; build it again")
     return facts
-
-
-def track(items: Iterable, label: str, total: int | None = None) -> Iterator:
-    """``items`` with a bar on a terminal's stderr, or a line now and then in a log file."""
-    total = len(items) if total is None and hasattr(items, "__len__") else total
-    if sys.stderr.isatty():
-        from rich import progress
-        from rich.console import Console
-
-        yield from progress.track(items, label, total, console=Console(stderr=True))
-        return
-    last = time.monotonic()
-    for done, item in enumerate(items):
-        if time.monotonic() - last > _LINE_EVERY:
-            last = time.monotonic()
-            print(f"{label} {done}/{total or '?'}", file=sys.stderr, flush=True)
-        yield item
-
-
-def _with_bar(stream: Any, path: Path) -> Iterator[bytes]:
-    """Lines of a file with a bar over its bytes, packed ones where it is packed."""
-    raw = getattr(stream, "fileobj", stream)
-    if not sys.stderr.isatty():
-        yield from track(stream, path.name)
-        return
-    from rich import progress
-    from rich.console import Console
-
-    with progress.Progress(
-        *progress.Progress.get_default_columns(), progress.DownloadColumn(), console=Console(stderr=True)
-    ) as bars:
-        task = bars.add_task(path.name, total=path.stat().st_size)
-        for number, line in enumerate(stream):
-            if number % 1000 == 0:
-                bars.update(task, completed=raw.tell())
-            yield line

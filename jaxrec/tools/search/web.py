@@ -8,11 +8,9 @@ page that cannot be read is replaced by its snippet and counted; a search that f
 import asyncio
 import collections
 import dataclasses
-import email.utils
 import functools
 import hashlib
 import json
-import os
 import random
 import ssl
 import threading
@@ -22,6 +20,7 @@ from concurrent.futures import Future
 from typing import Any
 from urllib.parse import urlsplit
 
+from jaxrec.tools.remote import read_key, retry_after
 from jaxrec.tools.search.base import Passage, Result, answer_valid, check_request, failure
 from jaxrec.tools.search.fetch import Fetcher, FetchSettings
 from jaxrec.tools.search.pages import PAGE_CHARS, PageError, WebPage, page_context, plain_snippet
@@ -91,7 +90,7 @@ class WebSearch:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ):  # fmt: skip
         self.settings, self.fetch, self._sleep = settings, fetch, sleep
-        self._key = _read_key(settings.key_env)
+        self._key = read_key(settings.key_env, urlsplit(settings.endpoint).hostname) if settings.key_env else ""
         self._lock, self._next = threading.Lock(), 0.0
         self._robots: dict = {}
         self.counts: collections.Counter[str] = collections.Counter()
@@ -257,24 +256,13 @@ def _certificates() -> ssl.SSLContext:
     return httpx.create_ssl_context()  # slow to make
 
 
-def _read_key(variable: str) -> str:
-    if not variable:
-        return ""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ValueError(f"the environment variable {variable} is not set: it holds the search endpoint's key")
-    if not key.isascii() or not key.isprintable():
-        raise ValueError(f"the environment variable {variable} holds characters that no header can carry")
-    return key
-
-
 def _check_status(answer: Any) -> None:
     """Raises _Again or _SearchError; never with the answer's text, which may repeat the key."""
     status = answer.status_code
     if status == 429:
-        raise _Again("quota", "HTTP status 429: too many requests", _retry_after(answer.headers.get("retry-after")))
+        raise _Again("quota", "HTTP status 429: too many requests", retry_after(answer.headers.get("retry-after")))
     if status >= 500:
-        raise _Again("unavailable", f"HTTP status {status}", _retry_after(answer.headers.get("retry-after")))
+        raise _Again("unavailable", f"HTTP status {status}", retry_after(answer.headers.get("retry-after")))
     if status in (401, 403):
         raise _SearchError("auth", f"HTTP status {status}: the endpoint refuses the key")
     if status == 402:
@@ -283,18 +271,6 @@ def _check_status(answer: Any) -> None:
         raise _SearchError("bad_query", f"HTTP status {status}: the endpoint refuses the query")
     if status != 200:
         raise _SearchError("unavailable", f"HTTP status {status}")
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which are a number or a date (RFC 9110)."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (TypeError, ValueError):
-        return None
 
 
 def _host(text: str) -> str:

@@ -1,11 +1,8 @@
 """A teacher behind an OpenAI-compatible endpoint: hosted models, vLLM, or our own `jaxrec serve`."""
 
 import dataclasses
-import email.utils
 import hashlib
 import json
-import math
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+from jaxrec.progress import progress
+from jaxrec.tools.remote import read_key, retry_after
 from jaxrec.tools.teacher.base import Answer, Done, Failure, Reply, Request, TokenLogprob, Usage, request_hash
-from jaxrec.tools.teacher.progress import progress
 
 _LARGEST = 64_000_000  # bytes of an answer
 _KINDS = {401: "auth", 403: "auth", 429: "rate_limit"}
@@ -83,14 +81,7 @@ class EndpointTeacher:
                 "the base_url of a teacher must have the form https://host[:port]/v1, without a name or password: the "
                 "key comes from the environment"
             )
-        key = None if key_env is None else os.environ.get(key_env, "").strip()
-        if key == "":
-            raise ValueError(
-                f"the key of {parts.hostname} is not there: set the environment variable {key_env}, name another one "
-                "(key_env), or None for an endpoint without a key"
-            )
-        if key is not None and not key.isascii():
-            raise ValueError(f"the key in the environment variable {key_env} holds characters that no key has")
+        key = None if key_env is None else read_key(key_env, parts.hostname)
         self.base_url, self.model = base_url.rstrip("/"), model
         self.limits, self._extra, self._key, self._sleep = limits or Limits(), dict(extra or {}), key, sleep
         self.id = f"{self.model} at {self.base_url}"
@@ -192,7 +183,7 @@ class EndpointTeacher:
         message = f"status {status}: {_error_text(body)}"
         if status >= 500 or status in (408, 409, 429):
             kind = "timeout" if status == 408 else _KINDS.get(status, "server")
-            raise _Passing(kind, message, _retry_after(response.headers.get("retry-after")))
+            raise _Passing(kind, message, retry_after(response.headers.get("retry-after")))
         raise _Lasting(_KINDS.get(status, "refused"), message)
 
     def _body(self, request: Request) -> dict[str, Any]:
@@ -219,20 +210,6 @@ def _error_text(body: bytes) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         pass
     return " ".join(str(text).split())[:300] or "no explanation"
-
-
-def _retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which holds a number or a date; None for anything else."""
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, OverflowError):
-            return None
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
 def _reply(body: bytes, request: Request) -> Reply:

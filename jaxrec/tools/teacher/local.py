@@ -6,9 +6,9 @@ import threading
 from collections.abc import Sequence
 
 from jaxrec.chat import chat_prompt
+from jaxrec.progress import progress
 from jaxrec.serve_engine import Engine, Job, Part
 from jaxrec.tools.teacher.base import Answer, Done, Failure, Reply, Request, TokenLogprob, Usage
-from jaxrec.tools.teacher.progress import progress
 from models.hf import Model
 
 

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
+from jaxrec.progress import progress
 from jaxrec.tools.teacher.base import Answer, Failure, Reply, Request, Teacher
-from jaxrec.tools.teacher.progress import progress
 
 T = TypeVar("T")
 Check = Callable[[str], T]

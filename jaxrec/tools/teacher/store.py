@@ -16,8 +16,10 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from jaxrec.data.lines import cut_torn_line
+from jaxrec.progress import progress
 from jaxrec.tools.teacher.base import (
     Answer,
     Done,
@@ -29,7 +31,6 @@ from jaxrec.tools.teacher.base import (
     request_hash,
     request_json,
 )
-from jaxrec.tools.teacher.progress import progress
 
 
 @dataclasses.dataclass
@@ -144,7 +145,7 @@ class StoredTeacher:
         line = json.dumps(entry, ensure_ascii=True).encode() + b"\n"
         with open(self.path, "a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            self.counts.torn += _mend(file)  # another process may have been killed since
+            self.counts.torn += cut_torn_line(file)  # another process may have been killed since
             end = file.seek(0, os.SEEK_END)
             try:
                 while line:
@@ -159,7 +160,7 @@ class StoredTeacher:
             raise ValueError(f"{self.path}: no folder {self.path.parent} to store replies in")
         with open(self.path, "a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # nobody is in the middle of a line
-            self.counts.torn += _mend(file)
+            self.counts.torn += cut_torn_line(file)
             file.seek(0)
             content = file.read()
         replies: dict[str, Reply] = {}
@@ -179,21 +180,6 @@ class StoredTeacher:
                 f"{where} holds no stored reply ({type(error).__name__}: {error}); delete that line"
             ) from error
         return key, reply
-
-
-def _mend(file: BinaryIO) -> int:
-    """Take the line that a killed process left unfinished off the end of a locked file; how many there were."""
-    end = at = file.seek(0, os.SEEK_END)
-    tail = b""
-    while at and b"\n" not in tail:
-        size = min(at, 4096)
-        at = file.seek(at - size)
-        tail = file.read(size)
-    complete = at + tail.rfind(b"\n") + 1
-    if complete == end:
-        return 0
-    file.truncate(complete)
-    return 1
 
 
 def _tell(future: Future[Answer], number: int, done: Done | None, step, errors: list[BaseException]) -> None:
