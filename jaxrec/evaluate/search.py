@@ -16,7 +16,7 @@ import numpy as np
 from jaxrec.config import write_atomic
 from jaxrec.data.qa import Question
 from jaxrec.evaluate import questions as judged
-from jaxrec.evaluate.answers import R1_SEARCHER, cover_em
+from jaxrec.evaluate.answers import Protocol, cover_em
 from jaxrec.evaluate.ranking import paired_interval
 from jaxrec.tools.rollouts import Rollout, from_state
 from jaxrec.tools.search_task import asked
@@ -24,10 +24,20 @@ from jaxrec.world.encyclopaedia import Fact
 from jaxrec.world.questions import chain_text, split_of
 from models.sharding import use_mesh
 from rl.envs.search import SearchEnv, State
+from rl.envs.tags import find_style
 from rl.rollout import rollout
 
-NAMES = {"cold_start": "SFT", "rl": "R1-Searcher++", "no_group": "without the group reward", "no_memory": "mu = 0"}
 PROBES = ("looked up in training", "never asked for", "known from pretraining")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """How a system is judged. names: what is printed for each model. compared: (metric, model, rival, sign that the
+    criterion wants of the difference, 0 without one)."""
+
+    protocol: Protocol
+    names: Mapping[str, str]
+    compared: Sequence[tuple[str, str, str, int]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -117,12 +127,14 @@ def closed_book(this: Any, model: Any, facts: Sequence[Fact]) -> np.ndarray:
     return np.array([cover_em(text, fact.object, "run", "r1_searcher") for text, fact in zip(told, facts)])
 
 
-def evaluate_seed(this: Any, names: Sequence[str]) -> SeedResult:
-    """Rows of every model, kept in ``questions/<name>.jsonl``, and its probes (of the embedded world)."""
+def evaluate_seed(this: Any, names: Sequence[str], protocol: Protocol) -> SeedResult:
+    """Rows of every model, kept in ``questions/<name>.jsonl``, and its probes (of the embedded world, where the style
+    has a tag for recall)."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     probes: dict[str, dict[str, np.ndarray]] = {}
     (this.folder / "questions").mkdir(parents=True, exist_ok=True)
-    facts = probe_facts(this) if this.task.chains else {}
+    recalls = bool(find_style(this.config.env.style).internal_open)
+    facts = probe_facts(this) if this.task.chains and recalls else {}
     for name in names:
         model = this.model(name)
         env = this.env(model.tokenizer, k=this.config.env.test_k)
@@ -132,65 +144,62 @@ def evaluate_seed(this: Any, names: Sequence[str]) -> SeedResult:
 
         size = this.config.evaluate.batch_size
         path = this.folder / "questions" / f"{name}.jsonl"
-        rows[name] = judged.evaluate_questions(this.task.test, play, path, R1_SEARCHER, batch_size=size)
+        rows[name] = judged.evaluate_questions(this.task.test, play, path, protocol, batch_size=size)
         probes[name] = {kind: closed_book(this, model, part) for kind, part in facts.items() if part}
     return SeedResult(rows, probes)
 
 
-# The criteria: (metric, model, rival, sign wanted of the difference)
-_COMPARED = (
-    ("cover", "rl", "cold_start", 1),
-    ("searches", "rl", "cold_start", 0),
-    ("searches", "rl", "no_group", -1),
-    ("cover", "rl", "no_group", 0),
-    ("cover", "rl", "no_memory", 0),
-)
-
-
-def pool(config: Any, results: Sequence[SeedResult], workdir: Path) -> dict[str, Any]:
+def pool(config: Any, results: Sequence[SeedResult], workdir: Path, plan: Plan) -> dict[str, Any]:
     """Means over questions of all seeds and paired intervals; written to result.json, with figures.json beside it."""
-    names = list(results[0].rows)
-    rows = []
-    for name in names:
-        every = [row for r in results for row in r.rows[name]]
-        entry = {"name": NAMES[name], **{k: float(np.mean([row[k] for row in every])) for k in judged.METRICS}}
-        entry["searches"] = float(np.mean([row["searches"] for row in every]))
-        for kind in sorted({row["kind"] for row in every} - {""}):
-            of = [row for row in every if row["kind"] == kind]
-            entry |= {f"cover_{kind}": float(np.mean([row["cover"] for row in of]))}
-            entry |= {f"searches_{kind}": float(np.mean([row["searches"] for row in of]))}
-        for kind in results[0].probes[name]:
-            entry[f"closed book, {kind}"] = float(np.mean(np.concatenate([r.probes[name][kind] for r in results])))
-        rows.append(entry)
-    comparisons = [c for rule in _COMPARED if (c := _compared(results, *rule)) is not None]
-    if "no_memory" in names and results[0].probes["rl"]:
-        comparisons.append(_memory(results))
+    names, protocol = list(results[0].rows), plan.protocol
     result = {
         "system": config.system, "variant": config.variant, "seed": list(config.seeds),
         "protocol": {
             "part": "test", "samples": len(results[0].rows[names[0]]), "answers": "greedy, last box",
-            "normalization": R1_SEARCHER.normalization, "cover": R1_SEARCHER.cover, "passages": config.env.test_k,
+            "normalization": protocol.normalization, "cover": protocol.cover, "passages": config.env.test_k,
             "max_searches": config.env.max_searches, "source": config.data.source,
         },
-        "rows": rows, "comparisons": comparisons,
-        "by_seed": [{n: judged.summarize(r.rows[n], R1_SEARCHER) for n in names} for r in results],
+        "rows": [_means(results, name, plan) for name in names],
+        "comparisons": [c for rule in plan.compared if (c := _compared(results, plan, *rule)) is not None],
+        "by_seed": [{n: judged.summarize(r.rows[n], protocol) for n in names} for r in results],
     }  # fmt: skip
     write_atomic(workdir / "result.json", json.dumps(result, indent=1) + "\n")
-    write_atomic(workdir / "figures.json", json.dumps(_figures(results, names)) + "\n")
+    write_atomic(workdir / "figures.json", json.dumps(_figures(results, names, plan)) + "\n")
     return result
 
 
-def _compared(results: Sequence[SeedResult], metric: str, one: str, other: str, sign: int) -> dict[str, Any] | None:
-    if one not in results[0].rows or other not in results[0].rows:
+def _means(results: Sequence[SeedResult], name: str, plan: Plan) -> dict[str, Any]:
+    """A model's figures: metrics, searches, how often a right answer stands in what it wrote, found and read, all of
+    them by kind of question, and its probes."""
+    every = [row for r in results for row in r.rows[name]]
+    entry = {"name": plan.names[name], **{k: float(np.mean([row[k] for row in every])) for k in judged.METRICS}}
+    entry["searches"] = float(np.mean([row["searches"] for row in every]))
+    for stage in judged.STAGES:
+        entry[f"answer in {stage}"] = float(np.mean([row["contained"][stage] for row in every]))
+    for kind in sorted({row["kind"] for row in every} - {""}):
+        of = [row for row in every if row["kind"] == kind]
+        entry |= {f"cover_{kind}": float(np.mean([row["cover"] for row in of]))}
+        entry |= {f"searches_{kind}": float(np.mean([row["searches"] for row in of]))}
+    for kind in results[0].probes[name]:
+        entry[f"closed book, {kind}"] = float(np.mean(np.concatenate([r.probes[name][kind] for r in results])))
+    return entry
+
+
+def _values(result: SeedResult, name: str, metric: str) -> np.ndarray | None:
+    """A metric of the test questions' rows, or of a probe; None where there is no such thing."""
+    if metric.startswith("closed book, "):
+        return result.probes.get(name, {}).get(metric.removeprefix("closed book, "))
+    return np.array([float(row[metric]) for row in result.rows[name]]) if name in result.rows else None
+
+
+def _compared(
+    results: Sequence[SeedResult], plan: Plan, metric: str, one: str, other: str, sign: int
+) -> dict[str, Any] | None:
+    ours, theirs = ([_values(r, name, metric) for r in results] for name in (one, other))
+    if any(part is None for part in (*ours, *theirs)):
         return None
-    ours, theirs = (np.array([float(row[metric]) for r in results for row in r.rows[name]]) for name in (one, other))
-    return _entry(f"{NAMES[one]} - {NAMES[other]}", metric, paired_interval(ours, theirs), sign)
-
-
-def _memory(results: Sequence[SeedResult]) -> dict[str, Any]:
-    ours, theirs = (np.concatenate([r.probes[n][PROBES[0]] for r in results]) for n in ("rl", "no_memory"))
-    name = f"{NAMES['rl']} - {NAMES['no_memory']}"
-    return _entry(name, f"closed book, {PROBES[0]}", paired_interval(ours, theirs), 1)
+    interval = paired_interval(np.concatenate(ours), np.concatenate(theirs))
+    return _entry(f"{plan.names[one]} - {plan.names[other]}", metric, interval, sign)
 
 
 def _entry(name: str, metric: str, interval: tuple[float, float, float], sign: int) -> dict[str, Any]:
@@ -203,7 +212,7 @@ def _entry(name: str, metric: str, interval: tuple[float, float, float], sign: i
     return entry
 
 
-def _figures(results: Sequence[SeedResult], names: Sequence[str]) -> list[dict[str, Any]]:
+def _figures(results: Sequence[SeedResult], names: Sequence[str], plan: Plan) -> list[dict[str, Any]]:
     """Right answers and searches by what the base model's text says of a question's facts."""
     kinds = ("known", "mixed", "unknown")
     out = []
@@ -213,7 +222,7 @@ def _figures(results: Sequence[SeedResult], names: Sequence[str]) -> list[dict[s
             every = [row for r in results for row in r.rows[name]]
             of = [[row[metric] for row in every if row["kind"] == kind] for kind in kinds]
             if all(of):
-                series[NAMES[name]] = [float(np.mean(part)) for part in of]
+                series[plan.names[name]] = [float(np.mean(part)) for part in of]
         if series:
             x = "facts of the question in the base model's text: all, some, none"
             out.append({"kind": "lines", "title": title, "x": x, "at": [0, 1, 2], "series": series})

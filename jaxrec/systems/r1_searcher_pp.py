@@ -9,7 +9,6 @@ The paper's code is not public; what it leaves open is decided in ``jaxrec.tools
 the config. The embedded world's figures say that the machinery works; the paper's tables need its models.
 """
 
-import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -25,72 +24,41 @@ from jaxrec.config import UsageError
 from jaxrec.data.pipeline import batches
 from jaxrec.evaluate import search as judging
 from jaxrec.evaluate.answers import R1_SEARCHER, cover_em
-from jaxrec.systems import by_seed, world_lm
+from jaxrec.systems import by_seed
+from jaxrec.systems.search_run import SearchRun, check_lengths, check_source
 from jaxrec.tools import search_task
 from jaxrec.tools.authors import rewrite_from_memory, select_rollouts, write_rollouts
-from jaxrec.tools.search_task import SearchTask, asked
-from jaxrec.world.questions import SPLITS
+from jaxrec.tools.search_task import asked
 from models.sharding import make_mesh, use_mesh
 from rl.checkpoint import Checkpointer
-from rl.envs.search import SearchEnv, SearchOptions, State, search_counts
-from rl.envs.tags import check_round_trip, find_style
-from rl.finetune import SFTConfig, sft
+from rl.envs.search import SearchOptions, State, search_counts
+from rl.envs.tags import find_style
 from rl.metrics import MetricsWriter
 from rl.optimizer import OptimizerConfig, init_state
 from rl.policy import GRPOConfig
-from rl.rollout import RolloutConfig, rollout
+from rl.rollout import rollout
 from rl.rows import encode_rows, pad_rows
 from rl.search_rewards import SearchReward, SearchRewardConfig
 from rl.trainer import train
 
 STAGES = ("cold_start", "rl", "evaluate")
 ABLATIONS = {"no_group": {"eta": 0.0}, "no_memory": {"memory": 0.0}}
+PLAN = judging.Plan(
+    R1_SEARCHER,
+    {"cold_start": "SFT", "rl": "R1-Searcher++", "no_group": "without the group reward", "no_memory": "mu = 0"},
+    (
+        ("cover", "rl", "cold_start", 1),
+        ("searches", "rl", "cold_start", 0),
+        ("searches", "rl", "no_group", -1),
+        ("cover", "rl", "no_group", 0),
+        ("cover", "rl", "no_memory", 0),
+        (f"closed book, {judging.PROBES[0]}", "rl", "no_memory", 1),
+    ),
+)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Run:
+class Run(SearchRun):
     """One seed of one config."""
-
-    config: Any
-    seed: int
-    folder: Path
-    mesh: jax.sharding.Mesh | None
-
-    def checkpoint(self, name: str) -> Path:
-        return self.folder / "checkpoints" / name
-
-    def model(self, name: str) -> models.Model:
-        """The model a stage left. Raises UsageError when that stage has not run."""
-        path = self.checkpoint(name) / "model"
-        if not path.exists():
-            raise UsageError(f"stage {name!r} has not finished in {self.folder}: run --stages={name} first")
-        return self.load(path)
-
-    def load(self, path: str | Path) -> models.Model:
-        """A model as it is trained: weights in float32, run in ``model.dtype``."""
-        m, model = self.config.model, models.load(path, mesh=self.mesh, dtype="float32")
-        if model.tokenizer is None:
-            raise UsageError(f"{path} holds no tokenizer files, which prompts are made with")
-        check_round_trip(find_style(self.config.env.style), model.tokenizer)
-        return model.replace(config=model.config.replace(dtype=m.dtype, remat=m.remat))
-
-    @functools.cached_property
-    def task(self) -> SearchTask:
-        c, folder = self.config, self.folder / "index"
-        if c.data.source == "files":
-            return search_task.file_task(c.data, self.seed, folder)
-        texts = world_lm.make_texts(world_lm.base_config(c.model.base, self.seed))
-        facts = [fact for known in texts.subjects.values() for fact in known]
-        try:
-            counts = {name: c.data[f"{name}_questions"] for name in SPLITS}
-            return search_task.world_task(facts, self.seed, counts, c.data.hops, folder)
-        except ValueError as error:
-            raise UsageError(f"data: {error}") from error
-
-    @functools.cached_property
-    def base(self) -> Path:
-        m = self.config.model
-        return Path(m.path or world_lm.cached(m.base, self.seed))
 
     @functools.cached_property
     def teacher(self) -> Any:
@@ -99,38 +67,23 @@ class Run:
             return search_task.endpoint_teacher(t, path)
         return search_task.world_teacher(self.task, find_style(self.config.env.style), t.recall, t.error, path)
 
-    def env(self, tokenizer: Any, *, k: int, max_searches: int | None = None, on_error: str = "continue") -> SearchEnv:
-        e = self.config.env
-        most = e.max_searches if max_searches is None else max_searches
-        options = SearchOptions(k=k, max_searches=most, on_error=on_error, short=e.short)
-        chat = None if e.short or not tokenizer.chat_template else tokenizer.chat
-        return self.task.env(find_style(e.style), options, chat)
-
     def reward(self, eta: float | None = None) -> SearchReward:
         r = self.config.reward
         kind = "r1_searcher" if self.config.env.style == "r1_searcher" else "r1_searcher_pp"
         fit = functools.partial(cover_em, form=R1_SEARCHER.cover, normalization=R1_SEARCHER.normalization)
         return SearchReward(fit, SearchRewardConfig(kind, eta=r.eta if eta is None else eta, ddof=r.ddof))
 
-    def rollout_config(self, temperature: float = 1.0) -> RolloutConfig:
-        r = self.config.rollout
-        top_p = r.top_p if temperature else 1.0
-        return RolloutConfig(r.max_prompt, r.max_total, r.max_new, self.config.env.max_searches + 1, temperature, top_p)
-
 
 def check(config: Any) -> None:
     """Raise UsageError or ValueError for settings that a stage would stumble over. No device is used."""
     c = config
-    if c.data.source not in search_task.SOURCES:
-        raise UsageError(f"data.source={c.data.source!r} must be one of {', '.join(search_task.SOURCES)}")
     if c.env.style not in ("r1_searcher_pp", "r1_searcher"):
         raise UsageError(f"env.style={c.env.style!r} must be r1_searcher_pp or r1_searcher")
     if c.memory.weight and not find_style(c.env.style).internal_open:
         raise UsageError(f"memory.weight={c.memory.weight}: style {c.env.style!r} has no tag for recall; set it to 0")
     if c.cold_start.author not in ("teacher", "self"):
         raise UsageError(f"cold_start.author={c.cold_start.author!r} must be teacher or self")
-    if (c.data.source == "files") != bool(c.model.path):
-        raise UsageError("model.path goes with data.source=files: the world's questions need the world's own model")
+    check_source(c)
     for name in c.evaluate.ablations:
         if name not in ABLATIONS:
             raise UsageError(f"evaluate.ablations: no {name!r}; known: {', '.join(ABLATIONS)}")
@@ -139,9 +92,7 @@ def check(config: Any) -> None:
     for name in ("weight", "share"):
         if c.memory[name] < 0:
             raise UsageError(f"memory.{name}={c.memory[name]} must be at least 0")
-    r = c.rollout
-    if not 0 < r.max_prompt < r.max_total or r.max_new < 1:
-        raise UsageError(f"rollout.max_total={r.max_total} must leave room behind rollout.max_prompt={r.max_prompt}")
+    check_lengths(c)
     SearchOptions(k=c.env.k, max_searches=c.env.max_searches)
     SearchRewardConfig(eta=c.reward.eta, ddof=c.reward.ddof)
     policy_config(c, 0)
@@ -163,24 +114,6 @@ def policy_config(config: Any, seed: int, memory: float | None = None) -> GRPOCo
 # --- cold_start ------------------------------------------------------------------------------------------------------
 
 
-def own_rollouts(this: Run, model: models.Model, env: SearchEnv, count: int) -> list[State]:
-    """``count`` sampled conversations of the model itself for each question of the cold start."""
-    states: list[State] = []
-    size = max(1, this.config.evaluate.batch_size // count)
-    questions = [asked(q) for q in this.task.cold]
-    for low in range(0, len(questions), size):
-        part = questions[low : low + size]
-        filled = part + part[-1:] * (size - len(part))
-        key = jax.random.fold_in(jax.random.key(this.seed), low)
-        with use_mesh(this.mesh):
-            _, ended = rollout(
-                model.params, model.config, model.tokenizer, env, filled, key, this.rollout_config(),
-                group_size=count, fuse=this.mesh is None,
-            )  # fmt: skip
-        states += ended[: len(part) * count]
-    return states
-
-
 def cold_start(this: Run) -> None:
     """Supervised steps on kept rollouts; ``cold_start/rollouts.json`` says how many were dropped and why."""
     c, target = this.config.cold_start, this.checkpoint("cold_start") / "model"
@@ -189,7 +122,7 @@ def cold_start(this: Run) -> None:
     model = this.load(this.base)
     env, reward = this.env(model.tokenizer, k=this.config.env.k), this.reward()
     if c.author == "self":
-        states, failed = own_rollouts(this, model, env, c.samples), {}
+        states, failed = [state for state, _, _ in this.sample(model, env, [asked(q) for q in this.task.cold], c.samples)], {}
     else:
         sampling = search_task.teacher_sampling(this.config.teacher, this.seed)
         written = write_rollouts(env, [asked(q) for q in this.task.cold], this.teacher, sampling, c.samples)
@@ -208,18 +141,7 @@ def cold_start(this: Run) -> None:
         [(s.prompt, s.segments) for s in kept], model.tokenizer, model.config.eos_ids[0], this.config.rollout.max_total
     )
     print(f"cold_start: {len(kept)} of {len(states)} rollouts kept, {long} of them too long; dropped: {dropped}")
-    optimizer = OptimizerConfig(
-        lr=c.lr, schedule="cosine", warmup_steps=max(1, round(0.03 * c.steps)), horizon_steps=c.steps + 1
-    )
-    state = init_state(model.params, optimizer, this.seed)
-    settings = SFTConfig(optimizer, save_every=max(c.steps // 4, 1))
-    with (
-        MetricsWriter(this.folder, "cold_start", c.steps) as writer,
-        Checkpointer(this.checkpoint("cold_start") / "steps", keep=2) as keeper,
-    ):
-        feed = batches(rows, c.batch_size, this.seed)
-        state = sft(settings, model.config, state, feed, c.steps, writer, keeper, this.mesh)
-    models.save(model.replace(params=state.params), target)
+    this.supervise("cold_start", model, rows, c)
 
 
 # --- rl --------------------------------------------------------------------------------------------------------------
@@ -290,7 +212,7 @@ def evaluate(this: Run) -> judging.SeedResult:
     """Play the test questions with every model; what is finished is read back."""
     for name in this.config.evaluate.ablations:
         reinforce(this, name, **ABLATIONS[name])
-    return judging.evaluate_seed(this, ("cold_start", "rl", *this.config.evaluate.ablations))
+    return judging.evaluate_seed(this, ("cold_start", "rl", *this.config.evaluate.ablations), R1_SEARCHER)
 
 
 RECIPE = {"cold_start": cold_start, "rl": rl, "evaluate": evaluate}
@@ -302,4 +224,4 @@ def run(config: Any, workdir: Path, stages: Sequence[str]) -> dict[str, Any] | N
     sizes = config.mesh.to_dict()
     mesh = make_mesh(**sizes) if set(sizes.values()) != {1} else None
     results = by_seed(RECIPE, stages, config.seeds, workdir, lambda seed, folder: Run(config, seed, folder, mesh))
-    return judging.pool(config, results, workdir) if results else None
+    return judging.pool(config, results, workdir, PLAN) if results else None

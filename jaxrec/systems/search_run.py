@@ -1,0 +1,145 @@
+"""What the search systems' recipes share: one seed of one config with its task, models, environment and sampling."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import models
+from jaxrec.config import UsageError
+from jaxrec.data.pipeline import batches
+from jaxrec.systems import world_lm
+from jaxrec.tools import search_task
+from jaxrec.tools.search_task import SearchTask
+from models.sharding import use_mesh
+from rl.checkpoint import Checkpointer
+from rl.envs.search import SearchEnv, SearchOptions, State
+from rl.envs.tags import check_round_trip, find_style
+from rl.finetune import SFTConfig, sft
+from rl.metrics import MetricsWriter
+from rl.optimizer import OptimizerConfig, init_state
+from rl.rollout import RolloutConfig, rollout
+from rl.trajectory import Trajectory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SearchRun:
+    """One seed of one config of a search system."""
+
+    config: Any
+    seed: int
+    folder: Path
+    mesh: jax.sharding.Mesh | None
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / "checkpoints" / name
+
+    def model(self, name: str) -> models.Model:
+        """The model a stage left; "base" is the one that training starts from. Raises UsageError when that stage has
+        not run."""
+        if name == "base":
+            return self.load(self.base)
+        path = self.checkpoint(name) / "model"
+        if not path.exists():
+            raise UsageError(f"stage {name!r} has not finished in {self.folder}: run --stages={name} first")
+        return self.load(path)
+
+    def load(self, path: str | Path) -> models.Model:
+        """A model as it is trained: weights in float32, run in ``model.dtype``."""
+        m, model = self.config.model, models.load(path, mesh=self.mesh, dtype="float32")
+        if model.tokenizer is None:
+            raise UsageError(f"{path} holds no tokenizer files, which prompts are made with")
+        check_round_trip(find_style(self.config.env.style), model.tokenizer)
+        return model.replace(config=model.config.replace(dtype=m.dtype, remat=m.remat))
+
+    @functools.cached_property
+    def task(self) -> SearchTask:
+        c, folder = self.config, self.folder / "index"
+        if c.data.source == "files":
+            return search_task.file_task(c.data, self.seed, folder)
+        texts = world_lm.make_texts(world_lm.base_config(c.model.base, self.seed))
+        facts = [fact for known in texts.subjects.values() for fact in known]
+        try:
+            return search_task.world_task(
+                facts, self.seed, c.data.train_questions, c.data.test_questions, c.data.hops, folder
+            )
+        except ValueError as error:
+            raise UsageError(f"data: {error}") from error
+
+    @functools.cached_property
+    def base(self) -> Path:
+        m = self.config.model
+        return Path(m.path or world_lm.cached(m.base, self.seed))
+
+    def options(self, k: int, max_searches: int, on_error: str) -> SearchOptions:
+        """The environment's rules."""
+        return SearchOptions(k=k, max_searches=max_searches, on_error=on_error, short=self.config.env.short)
+
+    def env(self, tokenizer: Any, *, k: int, max_searches: int | None = None, on_error: str = "continue") -> SearchEnv:
+        """The environment. tokenizer: renders the prompt, where it has a template and the prompt is no bare question;
+        None does without."""
+        e = self.config.env
+        most = e.max_searches if max_searches is None else max_searches
+        chat = None if e.short or tokenizer is None or not tokenizer.chat_template else tokenizer.chat
+        return self.task.env(find_style(e.style), self.options(k, most, on_error), chat)
+
+    def rollout_config(self, temperature: float = 1.0) -> RolloutConfig:
+        r = self.config.rollout
+        top_p = r.top_p if temperature else 1.0
+        turns = self.options(1, self.config.env.max_searches, "continue").turns
+        return RolloutConfig(r.max_prompt, r.max_total, r.max_new, turns, temperature, top_p)
+
+    def sample(
+        self, model: models.Model, env: SearchEnv, questions: Sequence[Any], count: int, temperature: float = 1.0
+    ) -> list[tuple[State, Trajectory, int]]:
+        """``count`` sampled conversations of a model for each question: the final state, and the trajectory with the
+        number of its row there."""
+        out: list[tuple[State, Trajectory, int]] = []
+        size = max(1, self.config.evaluate.batch_size // count)
+        for low in range(0, len(questions), size):
+            part = list(questions[low : low + size])
+            filled = part + part[-1:] * (size - len(part))
+            key = jax.random.fold_in(jax.random.key(self.seed), low)
+            with use_mesh(self.mesh):
+                trajectory, ended = rollout(
+                    model.params, model.config, model.tokenizer, env, filled, key, self.rollout_config(temperature),
+                    group_size=count, fuse=self.mesh is None,
+                )  # fmt: skip
+            out += [(state, trajectory, row) for row, state in enumerate(ended[: len(part) * count])]
+        return out
+
+    def supervise(self, name: str, model: models.Model, rows: Mapping[str, np.ndarray], settings: Any) -> None:
+        """Supervised steps on rows into ``checkpoints/<name>``. settings: steps, batch_size, lr."""
+        s = settings
+        optimizer = OptimizerConfig(
+            lr=s.lr, schedule="cosine", warmup_steps=max(1, round(0.03 * s.steps)), horizon_steps=s.steps + 1
+        )
+        state = init_state(model.params, optimizer, self.seed)
+        config = SFTConfig(optimizer, save_every=max(s.steps // 4, 1), micro_batches=s.get("micro_batches", 1))
+        with (
+            MetricsWriter(self.folder, name, s.steps) as writer,
+            Checkpointer(self.checkpoint(name) / "steps", keep=2) as keeper,
+        ):
+            feed = batches(rows, s.batch_size, self.seed)
+            state = sft(config, model.config, state, feed, s.steps, writer, keeper, self.mesh)
+        models.save(model.replace(params=state.params), self.checkpoint(name) / "model")
+
+
+def check_source(config: Any) -> None:
+    """Raise UsageError where questions and model do not go together. No device is used."""
+    source = config.data.source
+    if source not in search_task.SOURCES:
+        raise UsageError(f"data.source={source!r} must be one of {', '.join(search_task.SOURCES)}")
+    if (source == "files") != bool(config.model.path):
+        raise UsageError("model.path goes with data.source=files: the world's questions need the world's own model")
+
+
+def check_lengths(config: Any) -> None:
+    """Raise UsageError where a prompt leaves no room for a response."""
+    r = config.rollout
+    if not 0 < r.max_prompt < r.max_total or r.max_new < 1:
+        raise UsageError(f"rollout.max_total={r.max_total} must leave room behind rollout.max_prompt={r.max_prompt}")
