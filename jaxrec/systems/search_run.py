@@ -15,6 +15,7 @@ from jaxrec.data.pipeline import batches
 from jaxrec.systems import world_lm
 from jaxrec.tools import search_task
 from jaxrec.tools.search_task import SearchTask
+from jaxrec.world.questions import SPLITS
 from models.sharding import use_mesh
 from rl.checkpoint import Checkpointer
 from rl.envs.search import SearchEnv, SearchOptions, State
@@ -64,9 +65,8 @@ class SearchRun:
         texts = world_lm.make_texts(world_lm.base_config(c.model.base, self.seed))
         facts = [fact for known in texts.subjects.values() for fact in known]
         try:
-            return search_task.world_task(
-                facts, self.seed, c.data.train_questions, c.data.test_questions, c.data.hops, folder
-            )
+            counts = {name: c.data.get(f"{name}_questions", 0) for name in SPLITS}
+            return search_task.world_task(facts, self.seed, counts, c.data.hops, folder)
         except ValueError as error:
             raise UsageError(f"data: {error}") from error
 

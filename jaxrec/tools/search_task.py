@@ -3,25 +3,33 @@
 Of the embedded world, or of the user's files: questions in a field's format, passages, and an endpoint.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxrec.config import UsageError
 from jaxrec.data import qa
-from jaxrec.tools.search import Passage, build_store, read_passages
-from jaxrec.tools.search.corpus import PassageStore
+from jaxrec.tools.search import Passage, ResultCache, SearchTool, build_store, read_passages
+from jaxrec.tools.search.corpus import FORMATS, PassageStore
 from jaxrec.tools.teacher import Sampling, ScriptedTeacher, StoredTeacher, Teacher
 from jaxrec.world.encyclopaedia import Fact
 from jaxrec.world.oracle import Oracle, OracleConfig
+from jaxrec.world.oracle_searcher import SearcherConfig, SearcherOracle, roles
 from jaxrec.world.questions import SPLITS, ChainQuestion, encyclopaedia, questions
 from rl.envs.search import Question, SearchEnv, SearchOptions, State
 from rl.envs.tags import TagStyle
 
+if TYPE_CHECKING:
+    from jaxrec.tools.search.web import WebSearch
+    from jaxrec.tools.teacher import EndpointTeacher
+
 SOURCES = ("world", "files")
+SEARCHES = ("bm25", "web")  # of files: passages under BM25, or the live web
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +71,7 @@ def world_task(
     """The embedded world's task: passages of all its subjects under BM25, questions over chains of facts. counts: of
     questions by split."""
     rng = np.random.Generator(np.random.PCG64([seed, 43]))
-    parts = {name: questions(facts, name, rng, counts[name], hops) for name in SPLITS}
+    parts = {name: questions(facts, name, rng, counts.get(name, 0), hops) for name in SPLITS}
     passages = (Passage(str(i), title, text) for i, (title, text) in enumerate(encyclopaedia(facts, seed)))
     made = {
         name: [qa.Question(q.id, q.text, (q.answer,), "world", kind=kind_of(q), hops=q.hops) for q in part]
@@ -74,26 +82,63 @@ def world_task(
 
 
 def file_task(data: Any, seed: int, folder: Path) -> SearchTask:
-    """A task of files: data.train, data.test (questions), data.corpus (passages). Raises UsageError for a missing one.
+    """A task of files: data.train, data.test (questions), data.corpus (passages), or the live web where data.search is
+    "web". Raises UsageError for what is missing.
 
     A number of questions below that of the file is drawn at random. The cold start's are drawn from data.train first.
     """
-    parts = {}
+    parts: dict[str, list[qa.Question]] = {"cold": []}
     for name in ("train", "test"):
         path, count = data[name], data[f"{name}_questions"]
         if not path:
             raise UsageError(f"data.source=files needs data.{name}, a file of questions")
         found = qa.read_questions(path)
-        if name == "train":
-            if not 0 < data.cold_questions < len(found):
-                raise UsageError(f"data.cold_questions={data.cold_questions} must leave some of {len(found)} of {path}")
-            parts["cold"] = qa.sample_questions(found, data.cold_questions, seed)
+        if name == "train" and (cold := data.get("cold_questions", 0)):
+            if not 0 < cold < len(found):
+                raise UsageError(f"data.cold_questions={cold} must leave some of the {len(found)} of {path}")
+            parts["cold"] = qa.sample_questions(found, cold, seed)
             taken = {q.id for q in parts["cold"]}
             found = [q for q in found if q.id not in taken]
         parts[name] = qa.sample_questions(found, count, seed) if 0 < count < len(found) else found
+    if data.get("search", "bm25") == "web":
+        return SearchTask(*(parts[n] for n in SPLITS), web_tool(data, folder / "web.jsonl"))
     if not data.corpus:
         raise UsageError("data.source=files needs data.corpus, a file of passages")
-    return SearchTask(*(parts[n] for n in SPLITS), _bm25(folder, lambda: read_passages(data.corpus)))
+    form = data.get("corpus_format", "jsonl")
+    return SearchTask(*(parts[n] for n in SPLITS), _bm25(folder, lambda: read_passages(data.corpus, form)))
+
+
+def web_tool(data: Any, path: Path | None) -> SearchTool | WebSearch:
+    """Live web search at data.endpoint, results kept in a file and never asked for twice; path None: the search alone.
+    Raises UsageError without an endpoint, for one that is none, and where the variable data.search_key holds no key."""
+    from jaxrec.tools.search.web import WebSearch, WebSettings
+
+    if not data.endpoint:
+        raise UsageError("data.search=web needs data.endpoint, the address of a search service (Serper's form)")
+    try:
+        search = WebSearch(WebSettings(data.endpoint, key_env=data.search_key, exclude=tuple(data.exclude)))
+    except ValueError as error:
+        raise UsageError(f"data.search=web: {error}") from error
+    return search if path is None else SearchTool(search, ResultCache(path))
+
+
+def check_files(data: Any, teacher: Any) -> None:
+    """Raise UsageError for files, addresses and keys that a task of files would miss later."""
+    if data.get("search", "bm25") not in SEARCHES:
+        raise UsageError(f"data.search={data.search!r} must be one of {', '.join(SEARCHES)}")
+    if (form := data.get("corpus_format", "jsonl")) not in FORMATS:
+        raise UsageError(f"data.corpus_format={form!r} must be one of {', '.join(FORMATS)}")
+    web = data.get("search", "bm25") == "web"
+    for name in ("train", "test", *(() if web else ("corpus",))):
+        if not data[name]:
+            raise UsageError(
+                f"data.source=files needs data.{name}" + ("" if name != "corpus" else " or data.search=web")
+            )
+        if not Path(data[name]).exists():
+            raise UsageError(f"data.{name}={data[name]}: there is no such file")
+    if web:
+        web_tool(data, None)
+    endpoint(teacher)
 
 
 def _bm25(folder: Path, passages: Any) -> Any:
@@ -127,16 +172,35 @@ def world_teacher(task: SearchTask, style: TagStyle, recall: float, error: float
     return StoredTeacher(script, path)
 
 
-def endpoint_teacher(settings: Any, path: Path) -> Teacher:
-    """The teacher behind an OpenAI-compatible address, replies kept in a file. Raises UsageError without an address."""
+def world_searcher_teacher(task: SearchTask, config: SearcherConfig, path: Path) -> Teacher:
+    """The world's scripted author, annotator and summariser of SimpleDeepSearcher, replies kept in a file."""
+    oracle = SearcherOracle(task.facts, list(task.chains.values()), config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = f"world's searcher, error {config.error:g}, {' '.join(config.faults)}"
+    return StoredTeacher(ScriptedTeacher(roles(oracle), id=name), path)
+
+
+def endpoint(settings: Any) -> EndpointTeacher:
+    """The teacher behind an OpenAI-compatible address. Raises UsageError without an address, a model or a key."""
     from jaxrec.tools.teacher import EndpointTeacher
 
     if not (settings.url and settings.model):
         raise UsageError("teacher.url and teacher.model name the teacher: an OpenAI-compatible address and its model")
+    try:
+        return EndpointTeacher(settings.url, settings.model, key_env=settings.key_variable or None)
+    except ValueError as error:
+        raise UsageError(f"teacher: {error}") from error
+
+
+def endpoint_teacher(settings: Any, path: Path) -> Teacher:
+    """:func:`endpoint` with its replies kept in a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return StoredTeacher(EndpointTeacher(settings.url, settings.model, key_env=settings.key_variable or None), path)
+    return StoredTeacher(endpoint(settings), path)
 
 
 def teacher_sampling(settings: Any, seed: int) -> Sampling:
     """How the teacher draws."""
-    return Sampling(temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_tokens, seed=seed)
+    return Sampling(
+        temperature=settings.temperature, top_p=settings.top_p, top_k=settings.get("top_k", 0),
+        max_tokens=settings.max_tokens, seed=seed,
+    )  # fmt: skip
