@@ -121,11 +121,12 @@ def cold_start(this: Run) -> None:
         return
     model = this.load(this.base)
     env, reward = this.env(model.tokenizer, k=this.config.env.k), this.reward()
+    questions = [asked(q) for q in this.task.cold]
     if c.author == "self":
-        states, failed = [state for state, _, _ in this.sample(model, env, [asked(q) for q in this.task.cold], c.samples)], {}
+        states, failed = [state for state, _, _ in this.sample(model, env, questions, c.samples)], {}
     else:
         sampling = search_task.teacher_sampling(this.config.teacher, this.seed)
-        written = write_rollouts(env, [asked(q) for q in this.task.cold], this.teacher, sampling, c.samples)
+        written = write_rollouts(env, questions, this.teacher, sampling, c.samples)
         states, failed = written.states, written.failed
 
     def keep(state: State) -> str:
