@@ -67,7 +67,7 @@ def _base() -> ConfigDict:
     c.rollout = ConfigDict()
     c.rollout.max_prompt = 32  # tokens
     c.rollout.max_total = 320  # tokens, prompt and response; longer samples are left out and counted
-    c.rollout.max_new = 64  # tokens per segment
+    c.rollout.max_new = 128  # tokens per segment; the longest of the teacher's has about 100
     c.rollout.top_p = 1.0
 
     c.sampling = ConfigDict()  # of questions: see jaxrec.tools.sampling.SamplingConfig
@@ -138,6 +138,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.data.update({"train_questions": 24, "test_questions": 6})
         c.sampling.update({"total": 16, "min_domain": 2})
         c.synthesize.samples = 4
+        c.rollout.max_new = 64
         c.sft.update({"steps": 2, "batch_size": 4})
         c.dpo.update({"steps": 2, "batch_size": 2, "samples": 2})
         c.evaluate.update({"batch_size": 8, "ablations": ("uncurated", "no_format")})
