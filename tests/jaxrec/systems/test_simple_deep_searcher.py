@@ -225,7 +225,7 @@ WEB = ("data.search=web", "data.search_key=NO_SEARCH_KEY", *TEACHER)
         (("data.train=/no/file",), True, "data.train=/no/file: there is no such file"),
         (WEB, False, "data.search=web needs data.endpoint"),
         ((*WEB, "data.endpoint=ftp://x"), False, "must be an http or https address"),
-        ((*WEB, "data.endpoint=http://127.0.0.1:9/s"), False, "the environment variable NO_SEARCH_KEY is not set"),
+        ((*WEB, "data.endpoint=http://127.0.0.1:9/s"), False, "set the environment variable NO_SEARCH_KEY"),
     ],
 )
 def test_missing_files_addresses_and_keys_are_named_before_any_rollout(flags, corpus, message, tmp_path, monkeypatch):
