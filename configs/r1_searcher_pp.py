@@ -30,7 +30,8 @@ def _base() -> ConfigDict:
     c.data.source = "world"  # world, or files
     c.data.train = ""  # questions, in any form that jaxrec.data.qa reads
     c.data.test = ""
-    c.data.corpus = ""  # passages, in any form that jaxrec.tools.search reads
+    c.data.corpus = ""  # passages
+    c.data.corpus_format = "jsonl"  # jsonl, dpr, kilt or squad, see jaxrec.tools.search
     c.data.cold_questions = 240  # for the cold start; reinforcement learning asks others
     c.data.train_questions = 320  # 0: all others of a file
     c.data.test_questions = 360

@@ -84,6 +84,9 @@ def check(config: Any) -> None:
     if c.cold_start.author not in ("teacher", "self"):
         raise UsageError(f"cold_start.author={c.cold_start.author!r} must be teacher or self")
     check_source(c)
+    if c.data.source == "files":
+        needed = c.memory.weight or c.cold_start.author == "teacher"
+        search_task.check_files(c.data, c.teacher if needed else None)
     for name in c.evaluate.ablations:
         if name not in ABLATIONS:
             raise UsageError(f"evaluate.ablations: no {name!r}; known: {', '.join(ABLATIONS)}")

@@ -30,6 +30,7 @@ class Rollout:
     """What followed a prompt. id: of the question. segments: (author, text) in order; "tool" wrote results and notices.
     searches: executed ones only; notices that no more are allowed, or that a query was asked before, are none.
     reason: why it ended. metrics: see :func:`scored`. output: the raw text, where it is known apart from the segments.
+    answer: the prediction, where tags other than a box mark it.
 
     Raises ValueError for no segment by the policy, an unknown author, and segments that do not give ``output`` byte for
     byte.
@@ -42,6 +43,7 @@ class Rollout:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     prompt: str = ""
     output: str | None = None
+    answer: str | None = None
 
     def __post_init__(self):
         if not any(author == "policy" for author, _ in self.segments):
@@ -67,7 +69,9 @@ class Rollout:
 
     @property
     def prediction(self) -> str:
-        r"""The last ``\boxed{...}`` that the policy wrote within one turn; "" where there is none."""
+        r"""``answer``, or the last ``\boxed{...}`` that the policy wrote within one turn; "" where there is none."""
+        if self.answer is not None:
+            return self.answer
         boxed = [text for text in self.policy if boxes(text)]
         return last_boxed(boxed[-1]) if boxed else ""
 
@@ -81,12 +85,13 @@ def check_reproduces(joined: str, output: str, where: str) -> None:
 
 
 def from_state(state: State) -> Rollout:
-    """A finished conversation of the search environment; its last answer closes the last turn, if need be in a box."""
+    """A finished conversation of the search environment."""
     searches = tuple(
         Search(c.query, tuple(p.url or str(p.id) for p in c.passages), tuple(p.text for p in c.passages), bool(c.error))
         for c in state.calls
     )
-    return Rollout(state.example.id, tuple(state.segments), searches, state.finish, prompt=state.prompt)
+    answer = state.answer if state.style.answer_open else None
+    return Rollout(state.example.id, tuple(state.segments), searches, state.finish, prompt=state.prompt, answer=answer)
 
 
 def scored(rollout: Rollout, answers: Sequence[str], protocol: Protocol) -> Rollout:

@@ -123,7 +123,8 @@ def web_tool(data: Any, path: Path | None) -> SearchTool | WebSearch:
 
 
 def check_files(data: Any, teacher: Any) -> None:
-    """Raise UsageError for files, addresses and keys that a task of files would miss later."""
+    """Raise UsageError for files, addresses and keys that a task of files would miss later. teacher: its settings, None
+    where none is asked."""
     if data.get("search", "bm25") not in SEARCHES:
         raise UsageError(f"data.search={data.search!r} must be one of {', '.join(SEARCHES)}")
     if (form := data.get("corpus_format", "jsonl")) not in FORMATS:
@@ -138,7 +139,8 @@ def check_files(data: Any, teacher: Any) -> None:
             raise UsageError(f"data.{name}={data[name]}: there is no such file")
     if web:
         web_tool(data, None)
-    endpoint(teacher)
+    if teacher is not None:
+        endpoint(teacher)
 
 
 def _bm25(folder: Path, passages: Any) -> Any:

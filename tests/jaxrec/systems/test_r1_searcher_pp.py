@@ -9,9 +9,11 @@ import pytest
 from jaxrec.config import UsageError, resolve_config
 from jaxrec.systems import r1_searcher_pp as system
 from jaxrec.tools.authors import rewrite_from_memory, select_rollouts, write_rollouts
+from jaxrec.tools.rollouts import from_state
 from jaxrec.tools.search_task import asked, plain_results
 from jaxrec.tools.teacher import Failure, Sampling
 from rl.envs.search import State
+from rl.envs.tags import find_style
 
 SPEC = "r1_searcher_pp:tiny"
 
@@ -188,6 +190,44 @@ def test_bad_settings_are_refused_before_anything_runs(flag, message, tmp_path):
     name, _, value = flag.partition("=")
     with pytest.raises((UsageError, ValueError), match=message):
         system.run(resolve_config(SPEC, [f"--config.{name}={value.strip(chr(39))}"]), tmp_path, ["rl"])
+
+
+def test_files_are_asked_for_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    rows = [{"id": f"q{i}", "question": f"Who won race {i}?", "answer": ["Ann"]} for i in range(4)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"id": "1", "title": "Race", "text": "Ann won race 1."}) + "\n")
+    files = [f"--config.data.{name}={tmp_path}/q.jsonl" for name in ("train", "test")]
+    base = [
+        "--config.data.source=files",
+        f"--config.model.path={tmp_path}",
+        "--config.teacher.key_variable=NO_SUCH_KEY",
+    ]
+    corpus = [f"--config.data.corpus={tmp_path}/p.jsonl"]
+    for flags, message in (
+        ([], "needs data.train"),
+        (files, "needs data.corpus"),
+        ([*files, *corpus], "teacher.url and teacher.model name the teacher"),
+        ([*files, *corpus, "--config.teacher.url=http://127.0.0.1:9/v1", "--config.teacher.model=m"], "NO_SUCH_KEY"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            system.check(resolve_config(SPEC, [*base, *flags]))
+    alone = ["--config.memory.weight=0.0", "--config.cold_start.author=self", "--config.evaluate.ablations=()"]
+    config = resolve_config(SPEC, [*base, *files, *corpus, *alone, "--config.data.cold_questions=2"])
+    system.check(config)  # a model that samples for itself needs no teacher
+    task = system.Run(config, 0, tmp_path / "run", None).task
+    assert {q.id for q in task.cold}.isdisjoint(q.id for q in task.train)
+    assert (len(task.cold), len(task.train), len(task.test)) == (2, 2, 4)
+    assert task.backend.search(["Who won?"], 1)[0].passages[0].title == "Race"
+
+
+def test_an_answer_between_tags_is_the_prediction(this):
+    style = find_style("r1_searcher")
+    text = "I know </think><answer> Ann </answer>"
+    state = State(asked(this.task.train[0]), "", style, [("policy", text)], turns=1, finish="answer")
+    assert from_state(state).prediction == state.answer == "Ann"
+    boxed = State(asked(this.task.train[0]), "", find_style("r1_searcher_pp"), [("policy", "\\boxed{(Ann)}")])
+    assert from_state(boxed).prediction == "Ann"
 
 
 def test_numbers_of_questions_that_the_world_does_not_have(tmp_path):
