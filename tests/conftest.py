@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import re
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -54,6 +57,38 @@ def rng() -> np.random.Generator:
 def key() -> jax.Array:
     """A typed JAX key with a fixed seed."""
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def run_pod() -> Callable[..., None]:
+    """``run_pod(words, logs, count=2, seconds=900)`` runs Python with ``words(address, process, count)`` in ``count``
+    processes on this machine at once, from the checkout's root; fails with the end of what they printed if one fails.
+    """
+
+    def run(words: Callable[[str, int, int], Sequence], logs: Path, count: int = 2, seconds: float = 900) -> None:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+        environment = {
+            **os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(8 // count),
+        }  # fmt: skip
+        files = [logs / f"process{i}.log" for i in range(count)]
+        processes = []
+        try:
+            for i, file in enumerate(files):
+                command = [sys.executable, *map(str, words(address, i, count))]
+                with file.open("w") as log:
+                    processes.append(subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=log, stderr=log))
+            codes = [process.wait(timeout=seconds) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        if any(codes):
+            pytest.fail("\n".join([f"exit codes {codes}", *(file.read_text()[-3000:] for file in files)]))
+
+    return run
 
 
 @pytest.fixture(scope="session")

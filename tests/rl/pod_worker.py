@@ -1,6 +1,6 @@
 """One process of a pod, started by test_pods.py: supervised and reinforced steps on a mesh over all devices.
 
-python pod_worker.py MODEL WORKDIR ADDRESS PROCESS COUNT
+python pod_worker.py MODEL WORKDIR ADDRESS PROCESS COUNT [STEPS]
 """
 
 import sys
@@ -80,7 +80,7 @@ def optimizer():
     return OptimizerConfig(lr=1e-2, eps=1e-3)
 
 
-def train(folder: Path, workdir: Path) -> None:
+def train(folder: Path, workdir: Path, steps: int = RL_STEPS) -> None:
     """Load a stored model onto the mesh, tune it, reinforce it, write it to ``workdir/model``."""
     import models
     from models.sharding import make_mesh, use_mesh
@@ -117,7 +117,7 @@ def train(folder: Path, workdir: Path) -> None:
     with MetricsWriter(workdir, "rl", console=False) as writer, Checkpointer(workdir / "rl") as keeper:
         state = trainer.train(
             settings, model.config, init_state(state.params, settings.optimizer, seed=1), Prompts(), play,
-            steps=RL_STEPS, writer=writer, checkpointer=keeper, mesh=mesh, ref_params=reference,
+            steps=steps, writer=writer, checkpointer=keeper, mesh=mesh, ref_params=reference,
         )  # fmt: skip
     models.save(model.replace(params=state.params), workdir / "model")
 
@@ -139,14 +139,12 @@ def keep_local(workdir: Path) -> None:
     assert int(restored["epoch"]) == 4
 
 
-def main(folder: Path, workdir: Path, address: str, process: int, count: int) -> None:
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", DEVICES // count)
+def main(folder: Path, workdir: Path, address: str, process: int, count: int, *steps: int) -> None:
     join(address, process, count)
     assert (jax.process_count(), jax.device_count()) == (count, DEVICES)
     keep_local(workdir)
-    train(folder, workdir)
+    train(folder, workdir, *steps)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))

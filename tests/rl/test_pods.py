@@ -1,10 +1,7 @@
 """Two processes with four devices each train as one process with eight: losses, weights, files."""
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import jax
@@ -23,41 +20,13 @@ worker = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(worker)
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-def run_pod(folder: Path, workdir: Path, logs: Path, count: int = 2, seconds: float = 300) -> None:
-    """Run the worker in ``count`` processes; fails with the end of what they printed."""
-    address, root = f"127.0.0.1:{free_port()}", Path(__file__).parents[2]
-    files = [logs / f"process{i}.log" for i in range(count)]
-    processes = []
-    try:
-        for i, file in enumerate(files):
-            words = [sys.executable, _WORKER, folder, workdir, address, i, count]
-            environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-            with file.open("w") as log:
-                processes.append(
-                    subprocess.Popen([*map(str, words)], cwd=root, env=environment, stdout=log, stderr=log)
-                )
-        codes = [process.wait(timeout=seconds) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    if any(codes):
-        pytest.fail("\n".join([f"exit codes {codes}", *(file.read_text()[-3000:] for file in files)]))
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, run_pod):
     """(folder of the pod's run, folder of one process's run)."""
     top = tmp_path_factory.mktemp("pods")
     worker.store_model(top / "start")
     worker.train(top / "start", top / "one")  # first, so that this process's programs do not wait for the pod's
-    run_pod(top / "start", top / "two", top)
+    run_pod(lambda *place: (_WORKER, top / "start", top / "two", *place), top)
     return top / "two", top / "one"
 
 
@@ -98,6 +67,20 @@ def test_a_pods_checkpoint_is_read_by_one_process_on_another_mesh(runs):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
     jax.tree.map(same, restored.state, expected.state)
+
+
+@pytest.mark.slow
+def test_a_pod_goes_on_from_a_pods_checkpoint(runs, run_pod, tmp_path):
+    """Steps 1 and 2 by one pair of processes, step 3 by another pair, beside one process that is never interrupted."""
+    start, steps = runs[0].parent / "start", worker.RL_STEPS + 1
+    shutil.copytree(runs[0], tmp_path / "two")
+    worker.train(start, tmp_path / "one", steps)
+    run_pod(lambda *place: (_WORKER, start, tmp_path / "two", *place, steps), tmp_path)
+    two, one = (read_metrics(tmp_path / name)[-1] for name in ("two", "one"))
+    assert (two["stage"], two["step"]) == (one["stage"], one["step"]) == ("rl", steps)
+    for name in one.keys() - {"stage", "time", "seconds", "tokens_per_second"}:
+        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), name
+    assert [r["step"] for r in read_metrics(tmp_path / "two") if r["stage"] == "rl"] == list(range(1, steps + 1))
 
 
 def test_to_host_gives_the_whole_array():
