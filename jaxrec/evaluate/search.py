@@ -22,10 +22,9 @@ from jaxrec.tools.rollouts import Rollout, from_state
 from jaxrec.tools.search_task import asked
 from jaxrec.world.encyclopaedia import Fact
 from jaxrec.world.questions import chain_text, split_of
-from models.sharding import use_mesh
+from rl.envs.search import Question as Asked
 from rl.envs.search import SearchEnv, State
 from rl.envs.tags import find_style
-from rl.rollout import rollout
 
 PROBES = ("looked up in training", "never asked for", "known from pretraining")
 
@@ -87,18 +86,8 @@ class _Recalling:
 
 
 def _play(this: Any, model: Any, env: Any, questions: Sequence[Any]) -> list[State]:
-    """Final states of greedy play, in batches of one shape."""
-    size, out = this.config.evaluate.batch_size, []
-    for low in range(0, len(questions), size):
-        part = list(questions[low : low + size])
-        filled = part + part[-1:] * (size - len(part))
-        with use_mesh(this.mesh):
-            _, ended = rollout(
-                model.params, model.config, model.tokenizer, env, filled, jax.random.key(this.seed),
-                this.rollout_config(0.0), fuse=this.mesh is None,
-            )  # fmt: skip
-        out += ended[: len(part)]
-    return out
+    """Final states of greedy play."""
+    return [state for state, _, _ in this.sample(model, env, questions, 1, temperature=0.0)]
 
 
 def probe_facts(this: Any) -> dict[str, list[Fact]]:
@@ -117,8 +106,6 @@ def probe_facts(this: Any) -> dict[str, list[Fact]]:
 
 def closed_book(this: Any, model: Any, facts: Sequence[Fact]) -> np.ndarray:
     """float64 [n]: whether the model tells a fact's object from memory when asked for it."""
-    from rl.envs.search import Question as Asked
-
     env = _Recalling(this.env(model.tokenizer, k=1, max_searches=0))
     questions = [Asked(str(i), chain_text([fact]), (fact.object,)) for i, fact in enumerate(facts)]
     states = _play(this, model, env, questions)

@@ -118,7 +118,7 @@ def policy_config(config: Any, seed: int, memory: float | None = None) -> GRPOCo
 
 
 def cold_start(this: Run) -> None:
-    """Supervised steps on kept rollouts; ``cold_start/rollouts.json`` says how many were dropped and why."""
+    """Supervised steps on kept rollouts; ``cold_start.json`` says how many were dropped and why."""
     c, target = this.config.cold_start, this.checkpoint("cold_start") / "model"
     if target.exists():
         return

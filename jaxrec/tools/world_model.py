@@ -63,11 +63,14 @@ def training_rows(
     if conflicts:
         samples += texts.conflicts("train", rng, conflicts, conflict_share)
     samples += texts.repeats(rng, repeats)
-    rows, (asked,) = [], tokenizer.encode("?")
+    rows, cut, (asked,) = [], 0, tokenizer.encode("?")
     for i in rng.permutation(len(samples)):
         ids, start = encode(tokenizer, samples[i])
         marks = _learned(ids, start, prompt_weight, tokenizer.eos_ids[0], asked)
+        cut += len(ids) > length
         rows.append((ids[:length], marks[:length]))
+    if cut:
+        print(f"{cut} of {len(rows)} samples are longer than {length} tokens and are cut there: raise text.length")
     return pack(rows, length)
 
 

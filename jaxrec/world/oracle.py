@@ -1,6 +1,6 @@
-"""What the embedded world's scripted teacher writes about its questions: rollouts, rewrites, summaries, verdicts.
+"""What the embedded world's scripted teacher writes about its questions: rollouts, and rewrites from memory.
 
-It plays the parts of the bigger model in the search systems (arXiv 2505.16834, 2505.17005). It answers from the world's
+It plays the parts of the bigger model in R1-Searcher++ (arXiv 2505.17005). It answers from the world's
 facts, but it is blind to what the trained model knows: whether a step of its rollouts recalls or searches is drawn. A
 share of its texts is wrong on purpose, so that there is something to filter. Everything it writes is a function of the
 prompt and of the generator it is handed.
@@ -17,6 +17,14 @@ from jaxrec.world.questions import ChainQuestion
 from rl.envs.tags import BOX, TagStyle
 
 _ASKED = re.compile(r"Question: (.*?)\nAnswer:(.*)", re.DOTALL)
+
+
+def read_prompt(prompt: str) -> tuple[str, str]:
+    """The question of a rollout's prompt, and what was written so far. Raises ValueError for another form."""
+    found = _ASKED.search(prompt)
+    if found is None:
+        raise ValueError("the prompt of a rollout must hold 'Question: ...' and 'Answer:' on a line of its own")
+    return found[1], found[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +60,9 @@ class Oracle:
         prompt: "Question: ...\\nAnswer:" and what was written so far, results included. Raises ValueError for another
         form.
         """
-        found = _ASKED.search(prompt)
-        if found is None:
-            raise ValueError("the prompt of a rollout must hold 'Question: ...' and 'Answer:' on a line of its own")
-        facts, style = self.facts(found[1]), self.style
-        done = found[2].count(style.result_close) + (
-            found[2].count(style.internal_close) if style.internal_close else 0
-        )
+        question, told = read_prompt(prompt)
+        facts, style = self.facts(question), self.style
+        done = sum(told.count(tag) for tag in (style.result_close, style.internal_close) if tag)
         text = ""
         for fact in facts[done:]:
             if not style.internal_open or rng.random() >= self.config.recall:

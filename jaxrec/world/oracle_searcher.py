@@ -1,10 +1,9 @@
 """What the embedded world's teacher writes for SimpleDeepSearcher (arXiv 2505.16834): rollouts with faults of the kinds
 that its filters look for, annotations of questions, and summaries of what a search found.
 
-Every hop of a question may go wrong, a later one more often, so that long chains seldom come out clean, as with a real
-teacher.
-A rollout is drawn whole from its question and its seed, and handed out turn by turn. It follows its own plan, whatever
-the searches bring.
+Every hop of a question may go wrong, a later one more often, so that long chains seldom come out clean. A rollout is
+drawn whole from its question and its seed, and handed out turn by turn. It follows its own plan, whatever the searches
+bring.
 """
 
 import dataclasses
@@ -16,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jaxrec.world.encyclopaedia import RELATIONS, Fact
+from jaxrec.world.oracle import read_prompt
 from jaxrec.world.questions import ChainQuestion
 from rl.envs.tags import BOX, SIMPLE_DEEP_SEARCHER, TagStyle
 
@@ -26,7 +26,6 @@ from rl.envs.tags import BOX, SIMPLE_DEEP_SEARCHER, TagStyle
 FAULTS = ("wrong_fact", "guess", "extra", "repeat", "reflect", "ramble", "own_result", "no_close")
 DOUBTS = ("Wait", "Hmm", "Alternatively")
 MARKER = "**Final Information**"
-_ASKED = re.compile(r"Question: (.*?)\nAnswer:(.*)", re.DOTALL)
 _QUERY = re.compile(r"^Query: (.*)$", re.MULTILINE)
 _PAGE = re.compile(r"^\*\*Web Page \d+:\*\*\n", re.MULTILINE)
 _SENTENCE = re.compile(r"(?<=[.?]) ")
@@ -81,18 +80,15 @@ class SearcherOracle:
         prompt: "Question: ...\\nAnswer:" and what was written so far, results included. Raises ValueError for another
         form, and for a text that is not the beginning of that rollout.
         """
-        found = _ASKED.search(prompt)
-        if found is None:
-            raise ValueError("the prompt of a rollout must hold 'Question: ...' and 'Answer:' on a line of its own")
-        rest = found[2]
-        for turn in self.turns(found[1], seed):
+        question, rest = read_prompt(prompt)
+        for turn in self.turns(question, seed):
             if not rest:
                 return turn
             _, closed, rest = rest.removeprefix(turn).partition(self.style.result_close)
             if not closed:
                 break
             rest = rest.removeprefix("\n\n")
-        raise ValueError(f"this is no beginning of the rollout of {found[1]!r} under seed {seed}")
+        raise ValueError(f"this is no beginning of the rollout of {question!r} under seed {seed}")
 
     def turns(self, question: str, seed: int) -> list[str]:
         """A whole rollout: all turns but the last end in a query."""

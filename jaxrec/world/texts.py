@@ -123,8 +123,8 @@ class Texts:
     def repeats(self, rng: np.random.Generator, count: int, words: tuple[int, int] = (4, 24)) -> list[Sample]:
         """Runs of ``words`` (fewest, most) drawn words, the answer says the same run again.
 
-        Nothing but looking back foretells them: a model that reads learns from such text, in a tenth of the steps, to
-        find what followed the same words before (induction, arXiv 2209.11895).
+        Nothing but looking back foretells them: from such text a model learns early to find what followed the same
+        words before (induction, arXiv 2209.11895).
         """
         out = []
         for length in rng.integers(words[0], words[1] + 1, count):
