@@ -1,0 +1,116 @@
+"""A catalogue of titled items with attributes in words, and the way from a name that a model wrote to an item.
+
+Titles are matched as the released code of GRSU (arXiv 2504.20458) does: exactly, else the closest title by RapidFuzz's
+QRatio over lower-cased text without punctuation.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from rapidfuzz import fuzz, process, utils
+
+ATTRIBUTES = ("genre", "star", "director", "writer", "plot")  # in the order in which an item's text shows them
+UNSURE = 60.0  # a match of a lower ratio is likely no match; it is counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """ratio: of the closest title, 0 to 100, 100 where the name is one."""
+
+    item: int
+    ratio: float
+
+
+class ItemCatalogue:
+    """titles: one for each item. attributes: per item, name -> values, in words; missing or empty where nothing is
+    known. order: the attributes that an item's text shows, in that order.
+
+    Raises ValueError for no title at all, an empty one, and titles that differ in case, punctuation or blanks alone;
+    TypeError for an attribute that is neither a text nor a list of texts.
+    """
+
+    def __init__(
+        self,
+        titles: Sequence[str],
+        attributes: Sequence[Mapping[str, str | Sequence[str]]],
+        order: Sequence[str] = ATTRIBUTES,
+    ):
+        if len(titles) != len(attributes):
+            raise ValueError(f"{len(titles)} titles but attributes of {len(attributes)} items")
+        if not titles:
+            raise ValueError("the catalogue is empty: there is nothing to recommend")
+        self.titles, self.order = tuple(titles), tuple(order)
+        self.attributes = tuple(
+            {name: _values(title, name, value) for name, value in known.items()}
+            for title, known in zip(titles, attributes, strict=True)
+        )
+        self._keys = [_key(title) for title in self.titles]
+        groups = collections.defaultdict(list)
+        for title, key in zip(self.titles, self._keys, strict=True):
+            if not key:
+                raise ValueError("an item has an empty title; give it a name")
+            groups[key].append(title)
+        if clashes := [same for same in groups.values() if len(same) > 1]:
+            shown = "; ".join(" = ".join(map(repr, same)) for same in clashes[:5])
+            more = f"; and {len(clashes) - 5} more" if len(clashes) > 5 else ""
+            raise ValueError(f"{len(clashes)} titles name several items: {shown}{more}; add a year to them")
+        self._exact = {title: i for i, title in enumerate(self.titles)}
+        self._folded = {key: i for i, key in enumerate(self._keys)}
+
+    def __len__(self) -> int:
+        return len(self.titles)
+
+    def find(self, title: str) -> int | None:
+        """The item of a title, but for case, punctuation and blanks; None where there is none."""
+        found = self._exact.get(title)
+        return self._folded.get(_key(title)) if found is None else found
+
+    def match(self, names: Sequence[str], min_ratio: float = 0.0) -> list[Match]:
+        """One item for each name, no item twice: its own, else the closest that is still free. Names that come nowhere
+        near ``min_ratio`` are left out."""
+        used: set[int] = set()
+        out = []
+        for name in names:
+            found = self._closest(name, used)
+            if found is not None and found.ratio >= min_ratio:
+                used.add(found.item)
+                out.append(found)
+        return out
+
+    def _closest(self, name: str, used: set[int]) -> Match | None:
+        exact = self.find(name)
+        if exact is not None and exact not in used:
+            return Match(exact, 100.0)
+        if len(used) == len(self):
+            return None
+        key = _key(name)
+        # The best of all is mostly free; only where it is not are the others gone through again.
+        found = process.extractOne(key, self._keys, scorer=fuzz.QRatio)
+        if found[2] in used:
+            free = {i: title for i, title in enumerate(self._keys) if i not in used}
+            found = process.extractOne(key, free, scorer=fuzz.QRatio)
+        return Match(found[2], found[1])
+
+    def text(self, item: int) -> str:
+        """The item as a prompt shows it: its title, then a line for each attribute that is known."""
+        known = self.attributes[item]
+        lines = [f"  - {name}: {', '.join(known[name])}" for name in self.order if known.get(name)]
+        return "\n".join([self.titles[item], *lines])
+
+    def listing(self, items: Sequence[int]) -> str:
+        """Items numbered from 1, each as :meth:`text` gives it."""
+        return "\n".join(f"{number}. {self.text(item)}" for number, item in enumerate(items, start=1))
+
+
+def _key(title: str) -> str:
+    """What decides that two titles are one: lower case, no punctuation; of a title of nothing else, itself."""
+    return " ".join((utils.default_process(title) or title).split())
+
+
+def _values(title: str, name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, Sequence) or not all(isinstance(v, str) for v in value):
+        raise TypeError(f"{title!r}: attribute {name!r} must be a text or a list of texts, not {value!r}")
+    return tuple(v for v in value if v.strip())
