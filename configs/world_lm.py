@@ -5,13 +5,14 @@ jaxrec run --config=configs/world_lm.py:moe      16 experts, for what prunes exp
 jaxrec run --config=configs/world_lm.py:conflict also reads passages that contradict what it knows
 jaxrec run --config=configs/world_lm.py:reader   finds the right one among two dozen passages
 jaxrec run --config=configs/world_lm.py:searcher knows a third of the world's facts and reads, for what searches
+jaxrec run --config=configs/world_lm.py:talker   follows conversations, for what recommends in them
 """
 
 from ml_collections import ConfigDict
 
 VARIANTS = (
     "dense", "moe", "moe_even", "reader", "conflict", "searcher", "tiny", "tiny_moe", "tiny_reader", "tiny_conflict",
-    "tiny_searcher",
+    "tiny_searcher", "talker", "tiny_talker",
 )  # fmt: skip
 
 
@@ -88,6 +89,13 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.text.search = True  # the tokenizer knows the tags of the search systems
         c.model.window = 6
         c.train.steps = 1200
+    if variant in ("talker", "tiny_talker"):
+        c.world.update({"scale": "talk", "titles": 100, "internal": 0.5, "both": 0.5})
+        c.text.update({"domains": ("talk",), "per_domain": 16000, "statements": 0})
+        c.text.prompt_weight = 0.1
+        c.text.repeats = 8000
+        c.model.window = 6
+        c.train.steps = 600
     if variant in ("conflict", "tiny_conflict"):
         c.world.titles = 300
         # Narrow attention and wide MLPs, so that facts are kept in neurons rather than in what attention carries.
@@ -108,6 +116,8 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.evaluate.samples = 24
     if variant == "tiny_reader":
         c.world.update({"internal": 0.3, "titles": 0})
+    if variant == "tiny_talker":
+        c.world.internal = 0.5
     if variant == "tiny_searcher":
         c.world.titles = 0
     return c

@@ -21,6 +21,7 @@ from jaxrec.config import UsageError, resolve_config, save_config, to_json, writ
 from jaxrec.data.pipeline import batches
 from jaxrec.tools.world_model import arrays, judge, new_model, rows_at_home, search_phrases, training_rows
 from jaxrec.world import SCALES, generate, world_config
+from jaxrec.world.conversations import talk_phrases
 from jaxrec.world.texts import DOMAINS, Texts
 from models.sharding import make_mesh
 from rl.checkpoint import Checkpointer
@@ -103,7 +104,8 @@ def train(config: Any, workdir: Path) -> Path:
     texts, t = make_texts(config), config.train
     sizes = config.mesh.to_dict()
     mesh = make_mesh(**sizes) if set(sizes.values()) != {1} else None
-    more = search_phrases() if config.text.get("search", False) else ()
+    more = [*(search_phrases() if config.text.get("search", False) else ())]
+    more += talk_phrases() if "talk" in config.text.domains else ()
     model = new_model(texts, config.model.to_dict(), config.model.max_len, config.seed, more)
     x, home = config.text, t.get("domain_experts", 0)
     options = texts, model.tokenizer, x.per_domain, x.statements, x.length, config.seed, x.domains

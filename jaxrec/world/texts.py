@@ -7,11 +7,12 @@ Every sample is a prompt and an answer. Domains differ in words and in what has 
     sums       two numbers to add or subtract
     dialogue   a seeker's wish, answered by repeating what was wished for and naming what to avoid
     catalogue  a title, described field by field from memory (internal facts)
+    talk       a conversation of several turns, at whose end the recommender says all that the seeker wished for
 
 Apart from these, :meth:`Texts.conflicts` makes reading prompts whose passage contradicts an internal fact.
 
 Splits: "train" and "test" share no sample. Of facts and catalogue the test asks in a way in which the training text
-does not ask about that fact; of reading it takes other subjects; of sums and dialogue other numbers and wishes.
+does not ask about that fact; of reading it takes other subjects; of sums, dialogue and talk other numbers and wishes.
 """
 
 import dataclasses
@@ -21,10 +22,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxrec.data.dialogues import USER
+from jaxrec.world.conversations import Conversations, spoken
 from jaxrec.world.encyclopaedia import PLAIN_WORDS, RELATIONS, Fact, Passage, by_subject, facts, passage
 from jaxrec.world.generate import World
 
-DOMAINS = ("facts", "reading", "sums", "dialogue", "catalogue")
+DOMAINS = ("facts", "reading", "sums", "dialogue", "catalogue", "talk")
 _FIELDS = ("maker", "era", "genre", "mood", "theme")
 END = "<|eos|>"  # the tokenizer's end of text
 _LARGEST = 99  # of two numbers to add
@@ -114,7 +117,7 @@ class Texts:
         """``count`` samples, with repetition where a domain holds fewer. Raises ValueError for an unknown domain."""
         makers = {
             "facts": self._fact, "reading": self._reading, "sums": self._sum, "dialogue": self._dialogue,
-            "catalogue": self._catalogue,
+            "catalogue": self._catalogue, "talk": self._talk,
         }  # fmt: skip
         if domain not in makers or split not in ("train", "test"):
             raise ValueError(f"no domain {domain!r} or split {split!r}; domains: {', '.join(DOMAINS)}; train, test")
@@ -273,6 +276,18 @@ class Texts:
                 fields = [_FIELDS[i] for i in order]
                 prompt = f"{subject}: " + " ".join(f"{name} {known[name].object}" for name in fields[:2])
                 return Sample("catalogue", f"{prompt} {fields[2]}", f" {known[fields[2]].object}")
+
+    @functools.cached_property
+    def talks(self) -> Conversations:
+        """The world's conversations."""
+        return Conversations(self.world, self.seed)
+
+    def _talk(self, split: str, rng: np.random.Generator) -> Sample:
+        while True:
+            turns = self.talks.turns(self.talks.draw(split, rng), rng)
+            said = [w.words for t in turns if t.role == USER for w in self.talks.understand(t.text)]
+            if _held_out("talk", *said) == (split == "test"):
+                return Sample("talk", f"{spoken(turns)}\nRecommender:", f" So you want {', '.join(said)}.")
 
     def disputed(self, split: str) -> list[Fact]:
         """The internal facts that conflicts of a split are about: half of the subjects are the test's."""

@@ -102,7 +102,7 @@ def test_the_recipe_sets_real_data_beside_the_world(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("--config.scale=enormous", "tiny, demo, full, huge"),
+        ("--config.scale=enormous", "tiny, demo, full, talk, huge"),
         ("--config.world.num_rules=9", "between 0 and 4"),
         ("--config.world.intent_share=2.0", "between 0 and 1"),
         ("--config.compare=/nowhere", "/nowhere"),

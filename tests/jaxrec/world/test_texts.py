@@ -5,6 +5,7 @@ import pytest
 
 from jaxrec.tools.world_model import arrays, encode, new_model, training_rows, world_tokenizer
 from jaxrec.world import generate, world_config
+from jaxrec.world.conversations import talk_phrases
 from jaxrec.world.encyclopaedia import RELATIONS, facts, passage
 from jaxrec.world.texts import DOMAINS, Texts
 
@@ -91,7 +92,7 @@ def test_sums_are_right(texts):
 
 
 def test_every_word_is_one_token_and_nothing_is_lost(texts):
-    tokenizer = world_tokenizer(texts)
+    tokenizer = world_tokenizer(texts, talk_phrases())
     for domain in DOMAINS:
         for sample in texts.sample(domain, "train", rng(), 20):
             ids, start = encode(tokenizer, sample)

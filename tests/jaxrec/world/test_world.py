@@ -154,5 +154,5 @@ def test_bad_knobs(knobs, message):
 
 
 def test_unknown_scale():
-    with pytest.raises(ValueError, match="tiny, demo, full, huge"):
+    with pytest.raises(ValueError, match="tiny, demo, full, talk, huge"):
         world_config("enormous")

@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+
+from jaxrec.data.dialogues import SYSTEM, USER, Dialogue, Turn
+from jaxrec.tools.conversation import Ask
+from jaxrec.world import generate, world_config
+from jaxrec.world.conversations import (
+    SAID,
+    SPLITS,
+    Conversations,
+    RecommenderConfig,
+    TalkConfig,
+    Wish,
+    WorldRecommender,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def talks():
+    return Conversations(generate(world_config("talk", items=1500, users=300)))
+
+
+def test_all_that_a_seeker_says_is_true_of_the_hidden_item_alone_of_few(talks):
+    counts = []
+    for instance in talks.sample("test", 60):
+        (item,) = instance.labels
+        wishes = talks.stated(instance.dialogue)
+        assert sum(w.wanted for w in wishes) == 3
+        fits = np.all([talks.fits(w) == w.wanted for w in wishes], axis=0)
+        assert fits[item]
+        counts.append(fits.sum())
+        assert instance.dialogue.turns[0].role == SYSTEM
+        assert instance.dialogue.turns[-1].role == USER
+        assert talks.catalogue.titles[item] not in str(instance.dialogue)
+    assert np.mean(counts) < 8
+
+
+def test_splits_share_no_item_and_samples_repeat(talks):
+    of = {split: {i.labels[0] for i in talks.sample(split, 200)} for split in SPLITS}
+    assert not (of["train"] & of["test"])
+    assert not (of["train"] & of["valid"])
+    assert not (of["valid"] & of["test"])
+    assert talks.sample("test", 5) == talks.sample("test", 9)[:5]
+    again = Conversations(talks.world, seed=1)
+    assert again.sample("train", 5) != talks.sample("train", 5)
+
+
+def test_negations_hold_within_their_clause(talks):
+    genre, mood = talks.world.values["genre"][0], talks.world.values["mood"][1]
+    assert talks.understand(f"No {genre}! I want something {mood}.") == [
+        Wish("genre", genre, wanted=False), Wish("mood", mood),
+    ]  # fmt: skip
+    assert talks.understand(f"I want something {mood}, but no {genre}.") == [
+        Wish("mood", mood), Wish("genre", genre, wanted=False),
+    ]  # fmt: skip
+    for wanted in (True, False):
+        for name in SAID:
+            wish = Wish(name, talks.world.values[name][-1], wanted)
+            assert talks.understand(f"I want {wish.words}.") == [wish]
+
+
+def mean_fit(talks, wishes, items):
+    return np.mean([talks.fits(w)[list(items)] for w in wishes if w.wanted], axis=1)
+
+
+def test_the_recommender_forgets_and_a_critique_reminds_it(talks):
+    one = WorldRecommender(talks, RecommenderConfig(heard=1.0))
+    first, again, blank = [], [], []
+    for number, instance in enumerate(talks.sample("test", 40)):
+        wishes = [w for w in talks.stated(instance.dialogue) if w.wanted]
+        shown = one.recommend([Ask(instance.dialogue, seed=number)])[0].items
+        told = f"I want {wishes[0].words}."
+        # The wish must be new to a list that is about the last one.
+        asks = [Ask(instance.dialogue, shown, text, shown, number) for text in (told, "Hm.")]
+        after, without = (reply.items for reply in one.recommend(asks))
+        assert len(set(after)) == one.k
+        assert not set(after) & set(shown)
+        first.append(mean_fit(talks, wishes, shown))
+        again.append(mean_fit(talks, wishes, after))
+        blank.append(mean_fit(talks, wishes, without))
+    first, again, blank = (np.mean(x, axis=0) for x in (first, again, blank))
+    assert first[0] < 0.3
+    assert first[-1] > 0.95
+    assert again[0] > 0.8
+    assert again[-1] > 0.8
+    assert blank[0] < 0.3
+
+
+def test_a_recommender_that_remembers_all_meets_every_wish(talks):
+    all_turns = WorldRecommender(talks, RecommenderConfig(memory=0, heard=1.0, temperature=0.0))
+    hits = [i.labels[0] in all_turns.recommend([Ask(i.dialogue)])[0].items for i in talks.sample("test", 60)]
+    assert np.mean(hits) > 0.9
+
+
+def test_seeds_decide_alone(talks):
+    recommender = WorldRecommender(talks)
+    asks = [Ask(i.dialogue, seed=7) for i in talks.sample("test", 3)]
+    assert recommender.recommend(asks) == [recommender.recommend([ask])[0] for ask in asks]
+    assert recommender.recommend(asks[:1] * 2)[0] != recommender.recommend([Ask(asks[0].dialogue, seed=8)])[0]
+
+
+def test_what_cannot_be_is_refused(talks):
+    with pytest.raises(ValueError, match="wishes=6"):
+        TalkConfig(wishes=6)
+    with pytest.raises(ValueError, match="no item for training"):
+        TalkConfig(valid=0.5, test=0.5)
+    with pytest.raises(ValueError, match="splits: train, valid, test"):
+        talks.sample("dev", 1)
+    with pytest.raises(ValueError, match="of a catalogue of 1500"):
+        WorldRecommender(talks, RecommenderConfig(k=1501))
+    with pytest.raises(ValueError, match="at least one turn"):
+        Ask(Dialogue("d", ()))
+    assert Turn(USER, "x").items == ()
