@@ -95,7 +95,7 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.text.prompt_weight = 0.1
         c.text.repeats = 8000
         c.model.window = 6
-        c.train.steps = 600
+        c.train.steps = 400
     if variant in ("conflict", "tiny_conflict"):
         c.world.titles = 300
         # Narrow attention and wide MLPs, so that facts are kept in neurons rather than in what attention carries.

@@ -101,7 +101,7 @@ SCALES: dict[str, dict] = {
     },
     "demo": {"items": 600, "users": 2000, "makers": 36},
     "full": {"items": 1000, "users": 4000},
-    "talk": {"items": 4000, "users": 4000, "genres": 12, "moods": 12, "themes": 12},  # few items meet three wishes
+    "talk": {"items": 20_000, "users": 4000, "genres": 12, "moods": 12, "themes": 12},  # of which few meet four wishes
     "huge": {
         "items": 1_000_000,
         "users": 200_000,

@@ -55,7 +55,7 @@ class TalkConfig:
     """wishes: how many of the hidden item's attributes the seeker names. avoid: probability that it also names one that
     the item does not have. test, valid: shares of the items that no training conversation is about."""
 
-    wishes: int = 3
+    wishes: int = 4
     avoid: float = 0.5
     valid: float = 0.1
     test: float = 0.2
@@ -80,6 +80,7 @@ def talk_phrases() -> list[str]:
     sentences = [*_ASKING, *_OPENING, *_MORE, *_WANTED.values(), *_UNWANTED.values(), "But no not too So you want"]
     words = {word.strip(".,?"): None for text in sentences for word in text.replace("{}", "").split()}
     marks = [f"{end}{name}:" for name in NAMES.values() for end in ("", "\n")]
+    marks += ["Item:", "\nItem:", "Accept?", "\nAccept?", " -", " Yes", " No", "Query:", "\nQuery:"]
     return [*marks, *(f" {word}" for word in words if word)]
 
 
@@ -205,8 +206,8 @@ class RecommenderConfig:
     k: int = 10
     memory: int = 1
     strength: float = 6.0
-    heard: float = 0.9
-    temperature: float = 0.5
+    heard: float = 0.5
+    temperature: float = 0.4
     keep: float = 0.6
 
     def __post_init__(self):

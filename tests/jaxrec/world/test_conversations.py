@@ -17,7 +17,7 @@ from jaxrec.world.conversations import (
 
 @pytest.fixture(scope="module")
 def talks():
-    return Conversations(generate(world_config("talk", items=1500, users=300)))
+    return Conversations(generate(world_config("talk", items=1500, users=300)), config=TalkConfig(wishes=3))
 
 
 def test_all_that_a_seeker_says_is_true_of_the_hidden_item_alone_of_few(talks):
@@ -41,7 +41,7 @@ def test_splits_share_no_item_and_samples_repeat(talks):
     assert not (of["train"] & of["valid"])
     assert not (of["valid"] & of["test"])
     assert talks.sample("test", 5) == talks.sample("test", 9)[:5]
-    again = Conversations(talks.world, seed=1)
+    again = Conversations(talks.world, seed=1, config=talks.config)
     assert again.sample("train", 5) != talks.sample("train", 5)
 
 
