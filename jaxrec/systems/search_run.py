@@ -1,61 +1,34 @@
 """What the search systems' recipes share: one seed of one config with its task, models, environment and sampling."""
 
-import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 import models
 from jaxrec.config import UsageError
-from jaxrec.data.pipeline import batches
 from jaxrec.systems import world_lm
+from jaxrec.systems.model_run import ModelRun
 from jaxrec.tools import search_task
 from jaxrec.tools.search_task import SearchTask
 from jaxrec.world.questions import SPLITS
 from models.sharding import use_mesh
-from rl.checkpoint import Checkpointer
 from rl.envs.search import SearchEnv, SearchOptions, State
 from rl.envs.tags import check_round_trip, find_style
-from rl.finetune import SFTConfig, sft
-from rl.metrics import MetricsWriter
-from rl.optimizer import OptimizerConfig, init_state
 from rl.rollout import RolloutConfig, rollout
 from rl.trajectory import Trajectory
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SearchRun:
+class SearchRun(ModelRun):
     """One seed of one config of a search system."""
 
-    config: Any
-    seed: int
-    folder: Path
-    mesh: jax.sharding.Mesh | None
-
-    def checkpoint(self, name: str) -> Path:
-        return self.folder / "checkpoints" / name
-
-    def model(self, name: str) -> models.Model:
-        """The model a stage left; "base" is the one that training starts from. Raises UsageError when that stage has
-        not run."""
-        if name == "base":
-            return self.load(self.base)
-        path = self.checkpoint(name) / "model"
-        if not path.exists():
-            raise UsageError(f"stage {name!r} has not finished in {self.folder}: run --stages={name} first")
-        return self.load(path)
-
     def load(self, path: str | Path) -> models.Model:
-        """A model as it is trained: weights in float32, run in ``model.dtype``."""
-        m, model = self.config.model, models.load(path, mesh=self.mesh, dtype="float32")
-        if model.tokenizer is None:
-            raise UsageError(f"{path} holds no tokenizer files, which prompts are made with")
+        """As :meth:`ModelRun.load`. Raises ValueError for a tokenizer that does not give the style's tags back."""
+        model = super().load(path)
         check_round_trip(find_style(self.config.env.style), model.tokenizer)
-        return model.replace(config=model.config.replace(dtype=m.dtype, remat=m.remat))
+        return model
 
     @functools.cached_property
     def task(self) -> SearchTask:
@@ -69,11 +42,6 @@ class SearchRun:
             return search_task.world_task(facts, self.seed, counts, c.data.hops, folder)
         except ValueError as error:
             raise UsageError(f"data: {error}") from error
-
-    @functools.cached_property
-    def base(self) -> Path:
-        m = self.config.model
-        return Path(m.path or world_lm.cached(m.base, self.seed))
 
     def options(self, k: int, max_searches: int, on_error: str) -> SearchOptions:
         """The environment's rules."""
@@ -111,22 +79,6 @@ class SearchRun:
                 )  # fmt: skip
             out += [(state, trajectory, row) for row, state in enumerate(ended[: len(part) * count])]
         return out
-
-    def supervise(self, name: str, model: models.Model, rows: Mapping[str, np.ndarray], settings: Any) -> None:
-        """Supervised steps on rows into ``checkpoints/<name>``. settings: steps, batch_size, lr."""
-        s = settings
-        optimizer = OptimizerConfig(
-            lr=s.lr, schedule="cosine", warmup_steps=max(1, round(0.03 * s.steps)), horizon_steps=s.steps + 1
-        )
-        state = init_state(model.params, optimizer, self.seed)
-        config = SFTConfig(optimizer, save_every=max(s.steps // 4, 1), micro_batches=s.get("micro_batches", 1))
-        with (
-            MetricsWriter(self.folder, name, s.steps) as writer,
-            Checkpointer(self.checkpoint(name) / "steps", keep=2) as keeper,
-        ):
-            feed = batches(rows, s.batch_size, self.seed)
-            state = sft(config, model.config, state, feed, s.steps, writer, keeper, self.mesh)
-        models.save(model.replace(params=state.params), self.checkpoint(name) / "model")
 
 
 def check_source(config: Any) -> None:

@@ -1,0 +1,72 @@
+"""What recipes that train a language model share: one seed of one config with its folder, its models and its mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import models
+from jaxrec.config import UsageError
+from jaxrec.data.pipeline import batches
+from jaxrec.systems import world_lm
+from rl.checkpoint import Checkpointer
+from rl.finetune import SFTConfig, sft
+from rl.metrics import MetricsWriter
+from rl.optimizer import OptimizerConfig, init_state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelRun:
+    """The config has ``model`` with path, base, dtype and remat."""
+
+    config: Any
+    seed: int
+    folder: Path
+    mesh: jax.sharding.Mesh | None
+
+    def checkpoint(self, name: str) -> Path:
+        return self.folder / "checkpoints" / name
+
+    def model(self, name: str) -> models.Model:
+        """The model a stage left; "base" is the one that training starts from. Raises UsageError when that stage has
+        not run."""
+        if name == "base":
+            return self.load(self.base)
+        path = self.checkpoint(name) / "model"
+        if not path.exists():
+            raise UsageError(f"stage {name!r} has not finished in {self.folder}: run --stages={name} first")
+        return self.load(path)
+
+    def load(self, path: str | Path) -> models.Model:
+        """A model as it is trained: weights in float32, run in ``model.dtype``."""
+        m, model = self.config.model, models.load(path, mesh=self.mesh, dtype="float32")
+        if model.tokenizer is None:
+            raise UsageError(f"{path} holds no tokenizer files, which prompts are made with")
+        return model.replace(config=model.config.replace(dtype=m.dtype, remat=m.remat))
+
+    @functools.cached_property
+    def base(self) -> Path:
+        m = self.config.model
+        return Path(m.path or world_lm.cached(m.base, self.seed))
+
+    def supervise(self, name: str, model: models.Model, rows: Mapping[str, np.ndarray], settings: Any) -> None:
+        """Supervised steps on rows into ``checkpoints/<name>``. settings: steps, batch_size, lr; warmup (else 3 % of
+        the steps), micro_batches (else 1). Raises UsageError for fewer rows than a batch."""
+        s, count = settings, len(rows["tokens"])
+        if count < s.batch_size:
+            raise UsageError(f"{name}: {count} samples make no batch of {s.batch_size}: lower batch_size, or have more")
+        warmup = s.get("warmup", max(1, round(0.03 * s.steps)))
+        optimizer = OptimizerConfig(lr=s.lr, schedule="cosine", warmup_steps=warmup, horizon_steps=s.steps + 1)
+        state = init_state(model.params, optimizer, self.seed)
+        config = SFTConfig(optimizer, save_every=max(s.steps // 4, 1), micro_batches=s.get("micro_batches", 1))
+        with (
+            MetricsWriter(self.folder, name, s.steps) as writer,
+            Checkpointer(self.checkpoint(name) / "steps", keep=2) as keeper,
+        ):
+            feed = batches(rows, s.batch_size, self.seed)
+            state = sft(config, model.config, state, feed, s.steps, writer, keeper, self.mesh)
+        models.save(model.replace(params=state.params), self.checkpoint(name) / "model")
