@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 USER, SYSTEM = "user", "system"
 ROLES = (USER, SYSTEM)
+REPEATED = "an item was named before"  # why a turn is no instance where only new items count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +77,9 @@ def instances(
             elif turn.role == SYSTEM:
                 labels = tuple(dict.fromkeys(turn.items))
                 out.append(Instance(Dialogue(f"{dialogue.id}:{number}", tuple(past)), labels))
-            if not (drop_skipped_turns and turn.role == SYSTEM and reason == _REPEATED):
+            if not (drop_skipped_turns and turn.role == SYSTEM and reason == REPEATED):
                 past.append(turn)
     return out, dict(skipped)
-
-
-_REPEATED = "an item was named before"
 
 
 def _unused(turn: Turn, past: Sequence[Turn], seen: set[int]) -> str:
@@ -89,4 +87,4 @@ def _unused(turn: Turn, past: Sequence[Turn], seen: set[int]) -> str:
         return "no item of the catalogue"
     if not past:
         return "no turn before it"
-    return _REPEATED if seen & set(turn.items) else ""
+    return REPEATED if seen & set(turn.items) else ""

@@ -14,6 +14,11 @@ ATTRIBUTES = ("genre", "star", "director", "writer", "plot")  # in the order in 
 UNSURE = 60.0  # a match of a lower ratio is likely no match; it is counted
 
 
+def title_key(title: str) -> str:
+    """What decides that two titles are one: lower case, no punctuation; of a title of nothing else, itself."""
+    return " ".join((utils.default_process(title) or title).split())
+
+
 @dataclasses.dataclass(frozen=True)
 class Match:
     """ratio: of the closest title, 0 to 100, 100 where the name is one."""
@@ -45,7 +50,7 @@ class ItemCatalogue:
             {name: _values(title, name, value) for name, value in known.items()}
             for title, known in zip(titles, attributes, strict=True)
         )
-        self._keys = [_key(title) for title in self.titles]
+        self._keys = [title_key(title) for title in self.titles]
         groups = collections.defaultdict(list)
         for title, key in zip(self.titles, self._keys, strict=True):
             if not key:
@@ -64,7 +69,7 @@ class ItemCatalogue:
     def find(self, title: str) -> int | None:
         """The item of a title, but for case, punctuation and blanks; None where there is none."""
         found = self._exact.get(title)
-        return self._folded.get(_key(title)) if found is None else found
+        return self._folded.get(title_key(title)) if found is None else found
 
     def match(self, names: Sequence[str], min_ratio: float = 0.0) -> list[Match]:
         """One item for each name, no item twice: its own, else the closest that is still free. Names that come nowhere
@@ -84,7 +89,7 @@ class ItemCatalogue:
             return Match(exact, 100.0)
         if len(used) == len(self):
             return None
-        key = _key(name)
+        key = title_key(name)
         # The best of all is mostly free; only where it is not are the others gone through again.
         found = process.extractOne(key, self._keys, scorer=fuzz.QRatio)
         if found[2] in used:
@@ -101,11 +106,6 @@ class ItemCatalogue:
     def listing(self, items: Sequence[int]) -> str:
         """Items numbered from 1, each as :meth:`text` gives it."""
         return "\n".join(f"{number}. {self.text(item)}" for number, item in enumerate(items, start=1))
-
-
-def _key(title: str) -> str:
-    """What decides that two titles are one: lower case, no punctuation; of a title of nothing else, itself."""
-    return " ".join((utils.default_process(title) or title).split())
 
 
 def _values(title: str, name: str, value: str | Sequence[str]) -> tuple[str, ...]:
