@@ -87,6 +87,12 @@ class FastTokenizer:
         self._backend.encode_special_tokens = not specials
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def control_tokens(self) -> tuple[str, ...]:
+        """Special tokens, and others in angle brackets, that :meth:`encode` finds anywhere in a text."""
+        added = self._backend.get_added_tokens_decoder().values()
+        texts = (token.content for token in added if token.special or token.content.startswith("<"))
+        return tuple(text for text in texts if len(text.strip()) > 1)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, special tokens included, without clean-up; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)

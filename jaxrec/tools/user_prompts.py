@@ -1,0 +1,162 @@
+"""What the simulated user of GRSU (arXiv 2504.20458) is asked: one builder, for its training and for the search.
+
+Two requests: whether it would accept one item, and what it says against a list. Every prompt comes in pieces, which are
+turned into tokens apart in both places, so that a border between pieces is always one between tokens: the first piece
+depends on the dialogue alone and can be run once for all items. Templates are ours; the paper's are not published.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from jaxrec.chat import chat_prompt, has_template
+from jaxrec.data.dialogues import SYSTEM, USER, Dialogue
+from jaxrec.data.item_catalogue import ItemCatalogue
+from rl.envs.tags import neutralize
+
+STYLES = ("full", "short")
+FEEDBACK = ("negative", "regular")
+# What the prompts of style "short" hold beside roles, titles and attributes; a tokenizer of words wants to know them.
+SHORT_WORDS = ("Item:", "Accept?", " -", " Yes", " No")
+_MARKUP = (
+    "<|",
+    "|>",
+    "</",
+    "<s>",
+    "[INST",
+    "[/INST",
+)  # control tokens of common models, also of those behind a teacher
+_CONTENT = "\x00"  # stands for a message while a chat template is taken apart; no tokenizer makes it of ordinary text
+
+_SCORE = (
+    "You are the {user} of the conversation. Decide whether you would accept the recommended item: go by what you said "
+    "that you like, want and do not want. Give the decision at once and no reason for it, on one line: the number of "
+    'the item, its name, a question mark, then Yes or No, as in "1. <name>? Yes" or "1. <name>? No".'
+)
+_CRITIQUE = (
+    "You are the {user} of the conversation. Read what you said that you are looking for, then answer the {system} in "
+    "your own voice, in one to four sentences. {tone} Speak about attributes ({attributes}): which of them do not suit "
+    "you, and what you would rather have. Do not name titles that have not been mentioned."
+)
+_TONE = {
+    "negative": "Your feedback is negative: this list is not what you hoped for.",
+    "regular": "Say honestly what you think of this list.",
+}
+
+
+def spellings(tokenizer: Any, word: str) -> tuple[int, ...]:
+    """Ids of the tokens that are ``word`` with or without a blank before it.
+
+    Raises ValueError where neither is one token: the model cannot say the word in one step.
+    """
+    ids = [tokenizer.encode(text) for text in (f" {word}", word)]
+    found = tuple(dict.fromkeys(row[0] for row in ids if len(row) == 1))
+    if not found:
+        raise ValueError(
+            f"the tokenizer has no token for {word!r}, with or without a blank before it, so that no decision can be "
+            "read: take a model whose vocabulary holds it"
+        )
+    return found
+
+
+class UserPrompts:
+    """Prompts over one catalogue.
+
+    style "full" instructs a pretrained chat model, in its chat template where ``tokenizer`` has one; "short" holds no
+    instruction, one line per turn and item, for a small model that has learned the protocol from examples. roles: how
+    user and system are called. feedback: what the instruction of a critique asks for, "negative" or "regular" (without
+    effect in style "short"). tokenizer: of the model that is asked; None for prompts that a teacher gets as messages.
+    decisions: how the two decisions are written, yes first, each one token of the tokenizer.
+
+    Text of dialogues and items is put on one line and its control tokens are broken up. Raises ValueError for an
+    unknown style or feedback, and for a tokenizer that has no token for "Yes" or "No".
+    """
+
+    def __init__(
+        self, catalogue: ItemCatalogue, style: str = "full", *, roles: tuple[str, str] = ("User", "System"),
+        feedback: str = "negative", tokenizer: Any = None,
+    ):  # fmt: skip
+        for name, value, allowed in (("style", style, STYLES), ("feedback", feedback, FEEDBACK)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} of a simulated user's prompts must be one of {', '.join(allowed)}")
+        self.catalogue, self.style, self.tokenizer = catalogue, style, tokenizer
+        self._roles = dict(zip((USER, SYSTEM), roles, strict=True))
+        self._tags = _MARKUP + (() if tokenizer is None else tokenizer.control_tokens())
+        self.decisions = tuple(_decision(tokenizer, word) for word in ("Yes", "No"))
+        self._before, self._behind = _shell(tokenizer) if style == "full" else ("", "")
+        attributes = ", ".join(catalogue.order)
+        words = {"user": roles[0], "system": roles[1], "attributes": attributes, "tone": _TONE[feedback]}
+        self._score, self._critique = _SCORE.format(**words), _CRITIQUE.format(**words)
+        self._shown: dict[int, str] = {}
+        self._prefix = functools.lru_cache(maxsize=1024)(self._render)
+
+    def score_prompt(self, dialogue: Dialogue, item: int) -> tuple[str, str, str]:
+        """(what depends on the dialogue alone, the rest of the prompt, the reply up to its decision).
+
+        Raises ValueError for a dialogue without a turn.
+        """
+        prefix = self._prefix(dialogue)
+        if self.style == "short":
+            return prefix, f"{self._item(item)}Accept?", ""
+        return prefix, self._asking([item], self._score), f"1. {self.line(self.catalogue.titles[item])}?"
+
+    def critique_prompt(self, dialogue: Dialogue, items: Sequence[int]) -> tuple[str, str]:
+        """(what depends on the dialogue alone, the rest of the prompt). Raises ValueError as :meth:`score_prompt`."""
+        prefix = self._prefix(dialogue)
+        if self.style == "short":
+            return prefix, "".join(map(self._item, items)) + f"{self._roles[USER]}:"
+        return prefix, self._asking(items, self._critique)
+
+    def _render(self, dialogue: Dialogue) -> str:
+        if not dialogue.turns:
+            raise ValueError(f"dialogue {dialogue.id}: at least one turn is needed to play its user")
+        turns = "".join(f"{self._roles[turn.role]}: {self.line(turn.text)}\n" for turn in dialogue.turns)
+        return turns if self.style == "short" else f"{self._before}## Conversation\n{turns}\n"
+
+    def line(self, text: str) -> str:
+        """Text from outside as prompts show it: on one line, without control tokens."""
+        return neutralize(" ".join(text.split()), self._tags)
+
+    def listing(self, items: Sequence[int]) -> str:
+        """A numbered list with attributes, as prompts of style "full" show it."""
+        return "\n".join(f"{number}. {self._item(item)}" for number, item in enumerate(items, start=1))
+
+    def _asking(self, items: Sequence[int], instruction: str) -> str:
+        shown = f"## Recommendation By {self._roles[SYSTEM]}\n{self.listing(items)}"
+        return f"{shown}\n\n## Instruction\n{instruction}{self._behind}"
+
+    def _item(self, item: int) -> str:
+        if item not in self._shown:
+            make = self._short_item if self.style == "short" else self._full_item
+            self._shown[item] = make(item)
+        return self._shown[item]
+
+    def _full_item(self, item: int) -> str:
+        known = self.catalogue.attributes[item]
+        values = ((name, self.line(", ".join(known[name]))) for name in self.catalogue.order if known.get(name))
+        return "\n".join([self.line(self.catalogue.titles[item]), *(f"  - {name}: {value}" for name, value in values)])
+
+    def _short_item(self, item: int) -> str:
+        known = self.catalogue.attributes[item]
+        values = [value for name in self.catalogue.order for value in known.get(name, ())]
+        behind = f" - {' '.join(values)}" if values else ""
+        return f"Item: {self.line(self.catalogue.titles[item] + behind)}\n"
+
+
+def _decision(tokenizer: Any, word: str) -> str:
+    """With a blank before it where that is one token, as it follows a question mark; else without."""
+    if tokenizer is None:
+        return f" {word}"
+    spellings(tokenizer, word)
+    return f" {word}" if len(tokenizer.encode(f" {word}")) == 1 else word
+
+
+def _shell(tokenizer: Any) -> tuple[str, str]:
+    """What a chat template puts before and behind the only message."""
+    if tokenizer is None or not has_template(tokenizer):
+        return "", "\n\n"
+    shell = chat_prompt(tokenizer, [{"role": "user", "content": _CONTENT}])
+    before, found, behind = shell.partition(_CONTENT)
+    if not found or _CONTENT in behind:
+        raise ValueError(f"the model's chat template does not show a message once: {shell!r}; use style='short'")
+    return before, behind
