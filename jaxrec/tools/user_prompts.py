@@ -17,7 +17,7 @@ from rl.envs.tags import neutralize
 STYLES = ("full", "short")
 FEEDBACK = ("negative", "regular")
 # What the prompts of style "short" hold beside roles, titles and attributes; a tokenizer of words wants to know them.
-SHORT_WORDS = ("Item:", "Accept?", " -", " Yes", " No")
+SHORT_WORDS = ("\nItem:", "\nAccept?", " -", " Yes", " No")
 _MARKUP = (
     "<|",
     "|>",
@@ -97,21 +97,21 @@ class UserPrompts:
         """
         prefix = self._prefix(dialogue)
         if self.style == "short":
-            return prefix, f"{self._item(item)}Accept?", ""
+            return prefix, f"{self._item(item)}\nAccept?", ""
         return prefix, self._asking([item], self._score), f"1. {self.line(self.catalogue.titles[item])}?"
 
     def critique_prompt(self, dialogue: Dialogue, items: Sequence[int]) -> tuple[str, str]:
         """(what depends on the dialogue alone, the rest of the prompt). Raises ValueError as :meth:`score_prompt`."""
         prefix = self._prefix(dialogue)
         if self.style == "short":
-            return prefix, "".join(map(self._item, items)) + f"{self._roles[USER]}:"
+            return prefix, "".join(map(self._item, items)) + f"\n{self._roles[USER]}:"
         return prefix, self._asking(items, self._critique)
 
     def _render(self, dialogue: Dialogue) -> str:
         if not dialogue.turns:
             raise ValueError(f"dialogue {dialogue.id}: at least one turn is needed to play its user")
-        turns = "".join(f"{self._roles[turn.role]}: {self.line(turn.text)}\n" for turn in dialogue.turns)
-        return turns if self.style == "short" else f"{self._before}## Conversation\n{turns}\n"
+        turns = "\n".join(f"{self._roles[turn.role]}: {self.line(turn.text)}" for turn in dialogue.turns)
+        return turns if self.style == "short" else f"{self._before}## Conversation\n{turns}\n\n"
 
     def line(self, text: str) -> str:
         """Text from outside as prompts show it: on one line, without control tokens."""
@@ -140,7 +140,7 @@ class UserPrompts:
         known = self.catalogue.attributes[item]
         values = [value for name in self.catalogue.order for value in known.get(name, ())]
         behind = f" - {' '.join(values)}" if values else ""
-        return f"Item: {self.line(self.catalogue.titles[item] + behind)}\n"
+        return f"\nItem: {self.line(self.catalogue.titles[item] + behind)}"
 
 
 def _decision(tokenizer: Any, word: str) -> str:

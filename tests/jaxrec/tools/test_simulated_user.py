@@ -107,7 +107,7 @@ def test_a_score_of_the_code_reads_the_likeliest_token(model, word, score):
 
 
 def test_both_spellings_of_a_decision_count(model):
-    words = models.build_word_tokenizer([" Yes", "Yes", " No", "No", "Accept?", "Item:"])
+    words = models.build_word_tokenizer([" Yes", "Yes", " No", "No", "\nAccept?", "\nItem:"])
     config = model.config.replace(vocab_size=words.vocab_size)
     two, pair = models.Model(config, models.init(config, jax.random.key(1)), words), (DIALOGUES[0], 1)
     p = np.exp(reference(two, [pair])[0][0].astype(np.float64))

@@ -32,11 +32,11 @@ def chat_tokenizer(tmp_path_factory):
 
 def test_short_prompts_hold_a_line_for_each_turn_and_item():
     prefix, rest, reply = prompts().score_prompt(DIALOGUES[1], 1)
-    assert prefix == "Seeker: I want horror\nRecommender: What about Silver Gate\nSeeker: no something 1950s please\n"
-    assert (rest, reply) == ("Item: Silver Gate - 1970s drama dark ocean\nAccept?", "")
+    assert prefix == "Seeker: I want horror\nRecommender: What about Silver Gate\nSeeker: no something 1950s please"
+    assert (rest, reply) == ("\nItem: Silver Gate - 1970s drama dark ocean\nAccept?", "")
     assert prompts().critique_prompt(DIALOGUES[0], [0, 2]) == (
-        "Seeker: I want something dark but no comedy\n",
-        "Item: Amber Bell - 1950s comedy\nItem: Last Harbour - 1990s horror\nSeeker:",
+        "Seeker: I want something dark but no comedy",
+        "\nItem: Amber Bell - 1950s comedy\nItem: Last Harbour - 1990s horror\nSeeker:",
     )
 
 

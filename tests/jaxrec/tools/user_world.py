@@ -62,7 +62,7 @@ DIALOGUES = [
 def tokenizer():
     """Every word of the world is one token."""
     words = [" " + word for word in (*WORDS, *TITLES)]
-    return models.build_word_tokenizer(["Seeker:", "Recommender:", *SHORT_WORDS, *words])
+    return models.build_word_tokenizer(["Seeker:", "\nSeeker:", "\nRecommender:", *SHORT_WORDS, *words])
 
 
 def tiny_model(seed: int = 0, max_len: int = 1024, **fields) -> Model:
