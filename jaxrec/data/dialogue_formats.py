@@ -95,7 +95,8 @@ def read_parts(
 
 
 def write_dialogues(path: str | Path, dialogues: Sequence[Dialogue], catalogue: ItemCatalogue) -> None:
-    """Dialogues in our own form, ``jsonl``, which :func:`read_dialogues` reads as the same ones."""
+    """Dialogues in our own form, ``jsonl``, which :func:`read_dialogues` reads as the same ones, turns without text or
+    item left out."""
     lines = [
         {
             "id": dialogue.id,
@@ -184,7 +185,7 @@ def _numbered(
             counts["mentions of items"] += len(items)
             counts["mentions of what is no item of the catalogue"] += len(said.titles) - len(items)
             counts["turns that name an item"] += bool(items)
-            if said.text or items:
+            if said.text.strip() or items:
                 turns.append(Turn(said.role, said.text, items))
             else:
                 counts[EMPTY_TEXT] += 1
