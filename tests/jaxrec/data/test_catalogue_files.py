@@ -68,14 +68,15 @@ def test_titles_written_alike_become_one_item_but_years_tell_apart(tmp_path):
     facts = {
         "a": {"name": "WALL·E", "genre": ["family"], "plot": ""},
         "b": {"name": "WALL-E", "genre": ["robots", "family"], "plot": "Rubbish.", "star": ["Burtt"]},
-        "c": {"name": "It (1990)"},
-        "d": {"name": "It (2017)"},
+        "c": {"name": "wall e", "plot": "Waste."},
+        "d": {"name": "It (1990)"},
         "e": {"name": "It (2017)"},
+        "f": {"name": "It (2017)"},
     }
     found, counts = read_catalogue(written(tmp_path, facts))
     assert found.titles == ("WALL·E", "It (1990)", "It (2017)")
     assert found.attributes[0] == {"genre": ("family", "robots"), "plot": ("Rubbish.",), "star": ("Burtt",)}
-    assert counts[MERGED] == 2
+    assert counts[MERGED] == 3
 
 
 def test_a_catalogue_comes_back_as_it_was_written(tmp_path):

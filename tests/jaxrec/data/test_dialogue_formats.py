@@ -139,18 +139,19 @@ def test_redial(tmp_path):
 
 def test_ievalm_counts_roles_from_the_end(tmp_path):
     facts = written(tmp_path, FACTS, name="id2info.json")
-    asked = {**IEVALM, "dialog_id": 8, "turn_id": 1, "context": ["Hm, Up?"], "entity": ["Up"], "rec": ["Up", "It"]}
+    context = ["Yes?", "Hm, Up?"]
+    asked = {**IEVALM, "dialog_id": 8, "turn_id": 1, "context": context, "entity": ["Up"], "rec": ["Up", "It"]}
     unknown = {**asked, "dialog_id": 9, "rec": ["The Neon Bible"]}
     data = read_dialogues(written(tmp_path, IEVALM, asked, unknown), catalogue_path=facts)
     heat, up, it = range(3)
     first = Instance(
         Dialogue("7:2", (Turn(SYSTEM, IEVALM["context"][1]), Turn(USER, IEVALM["context"][2], (it, heat)))), (up,)
     )
-    second = Instance(Dialogue("8:1", (Turn(USER, "Hm, Up?", (up,)),)), (up, it))
+    second = Instance(Dialogue("8:1", (Turn(SYSTEM, "Yes?"), Turn(USER, "Hm, Up?", (up,)))), (up, it))
     assert data.instances(only_new=False) == ([first, second], {})
     assert data.instances() == ([first], {REPEATED: 1})
     assert data.counts == {
-        "rows": 3, "dialogues": 3, "turns": 4, EMPTY_TEXT: 1, "turns that name an item": 3, "mentions of items": 4,
+        "rows": 3, "dialogues": 3, "turns": 6, EMPTY_TEXT: 1, "turns that name an item": 3, "mentions of items": 4,
         "mentions of what is no item of the catalogue": 2, "labels": 4, "labels that are no item of the catalogue": 1,
         "rows without a label in the catalogue, left out": 1, "catalogue: items": 3,
     }  # fmt: skip
