@@ -1,6 +1,6 @@
-"""The simulated user of GRSU (arXiv 2504.20458) played by a language model of ours.
+"""The simulated user of GRSU (arXiv 2504.20458), played by a language model of ours or by a teacher.
 
-A score is read where the model would say "Yes" or "No": the prompt and the reply up to that place are run, nothing is
+Of our model a score is read where it would say "Yes" or "No": prompt and reply are run up to that place, nothing is
 sampled. What items of one dialogue have in common is run once; their rows begin as copies of its cache. Lengths and
 numbers of rows are rounded up to a few sizes, so that a level of a search compiles nothing that the one before did not.
 """
@@ -8,6 +8,7 @@ numbers of rows are rounded up to a few sizes, so that a level of a search compi
 import collections
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.data.dialogues import Dialogue
-from jaxrec.tools.conversation import Criticise
+from jaxrec.tools.conversation import Criticise, seed_of
+from jaxrec.tools.teacher import Answer, Failure, Reply, Request, Sampling, Teacher, TokenLogprob, ask_text
 from jaxrec.tools.user_prompts import UserPrompts, spellings
 from models.hf import Model
 from models.layout import decode_weights
@@ -26,6 +28,8 @@ from models.slots import Rows, advance, resize
 
 SCORES = ("normalised", "code")
 ROUNDS, MOST_ROUNDS = 3, 5  # of sampling critiques: for every request, and for those of a list that has none yet
+TRIES = 5  # of a teacher, to decide about an item
+_DECIDED = re.compile(r"^\s*\d+[.)]\s*(.+?)\s*\?[\s*_]*(Yes|No)\b", re.MULTILINE)
 _SLICE = 32  # tokens of critiques between two looks for their ends
 _PREFILL = 16384  # tokens of one prefill, padding included
 
@@ -250,6 +254,104 @@ class ModelUser:
                 copied = resize(session, _filled([row for _, row in chosen], size), slots)
                 longest = max(ids[i].length for i in rows)
                 yield rows, extend(self._weights, self._model, copied, tokens, counts, longest)
+
+
+class TeacherUser:
+    """``jaxrec.tools.conversation.User`` by a bigger model that is asked for text (role "judge" scores, "annotator"
+    criticises).
+
+    prompts: of style "full" and without a tokenizer. Each item is a request of its own; a reply counts where it holds
+    one decision, about this item, and is asked for again at temperature 1 where not, ``TRIES`` times in all. Scores
+    come from the log-probabilities of the decision's token and of the likeliest beside it. counts: of what could not be
+    used, by reason. Raises ValueError for other prompts.
+    """
+
+    def __init__(self, teacher: Teacher, prompts: UserPrompts, config: UserConfig | None = None):
+        if prompts.style != "full" or prompts.tokenizer is not None:
+            raise ValueError("a teacher gets prompts as messages: make them with style='full' and no tokenizer")
+        self.teacher, self.prompts, self.config = teacher, prompts, config or UserConfig()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def score(self, dialogues: Sequence[Dialogue], items: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """For each dialogue float64 [number of its items] in [0, 1]; NaN where no reply counted. What stands twice is
+        asked once."""
+        pairs = [
+            ("".join(self.prompts.score_prompt(dialogue, item)[:2]), item)
+            for dialogue, own in zip(dialogues, items, strict=True) for item in own
+        ]  # fmt: skip
+        sampling = Sampling(temperature=0.0, max_tokens=64, seed=42, logprobs=20)
+        asked = {pair: ask_text("judge", pair[0].strip(), sampling=sampling) for pair in pairs}
+        found = dict.fromkeys(asked, np.nan)
+        left = list(asked)
+        for attempt in range(TRIES):
+            again = {"temperature": 1.0, "seed": 42 + attempt} if attempt else {}
+            answers = self.teacher.ask([asked[pair].replace(**again) for pair in left]) if left else []
+            kept, left = zip(left, answers, strict=True), []
+            for pair, answer in kept:
+                if isinstance(answer, Failure):
+                    self.counts[answer.kind] += 1
+                elif (score := self._score(answer, pair[1])) is not None:
+                    found[pair] = score
+                else:
+                    left.append(pair)
+        self.counts["no valid decision"] += len(left)
+        every = iter(pairs)
+        return [np.array([found[next(every)] for _ in own], np.float64) for own in items]
+
+    def _score(self, reply: Reply, item: int) -> float | None:
+        """None for a reply that does not count."""
+        lines = list(_DECIDED.finditer(reply.text))
+        if len(lines) != 1 or self.prompts.catalogue.find(lines[0][1].strip("*_ ")) != item or not reply.logprobs:
+            return None
+        token = _decided_token(reply.logprobs[0], lines[0][2])
+        if token is None:
+            return None
+        if self.config.score == "code":
+            said = token.token.strip()
+            return float(code_score(np.array(token.logprob), np.array(said == "Yes"), np.array(said == "No")))
+        likely = dict([*token.top, (token.token, token.logprob)])
+        yes, no = (
+            np.logaddexp.reduce([-np.inf, *(p for text, p in likely.items() if text.strip() == word)])
+            for word in ("Yes", "No")
+        )
+        return float(normalised_score(yes, no))
+
+    def criticise(self, requests: Sequence[Criticise]) -> list[str]:
+        """One text for each, drawn again as :func:`resampled` does where it is cut by its length or empty."""
+        texts = ["".join(self.prompts.critique_prompt(r.dialogue, r.shown)).strip() for r in requests]
+        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+
+        def sample(wanted: list[int], again: int) -> list[str]:
+            asked = [self._criticise(texts[i], requests[i].seed, again) for i in wanted]
+            return [self._said(answer) for answer in self.teacher.ask(asked)]
+
+        return resampled([number[text] for text in texts], sample)
+
+    def _criticise(self, text: str, seed: int, again: int) -> Request:
+        c = self.config
+        own = seed_of(seed, again) if again else seed
+        sampling = Sampling(temperature=c.temperature, top_p=c.top_p, max_tokens=c.max_new, seed=own)
+        return ask_text("annotator", text, sampling=sampling)
+
+    def _said(self, answer: Answer) -> str:
+        if isinstance(answer, Failure):
+            self.counts[answer.kind] += 1
+            return ""
+        if answer.finish[0] == "length":
+            self.counts["cut by length"] += 1
+            return ""
+        return answer.text.strip()
+
+
+def _decided_token(tokens: Sequence[TokenLogprob], said: str) -> TokenLogprob | None:
+    """The token that is the decision of the only line that holds one; None where the tokens do not spell it so."""
+    found = _DECIDED.search("".join(token.token for token in tokens))
+    end = 0
+    for token in tokens if found else ():
+        end += len(token.token)
+        if end > found.start(2):
+            return token if token.token.strip() == said else None
+    return None
 
 
 def resampled(groups: Sequence[int], sample: Callable[[list[int], int], Sequence[str]]) -> list[str]:
