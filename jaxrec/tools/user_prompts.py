@@ -29,9 +29,9 @@ _MARKUP = (
 _CONTENT = "\x00"  # stands for a message while a chat template is taken apart; no tokenizer makes it of ordinary text
 
 _SCORE = (
-    "You are the {user} of the conversation. Decide whether you would accept the recommended item: go by what you said "
-    "that you like, want and do not want. Give the decision at once and no reason for it, on one line: the number of "
-    'the item, its name, a question mark, then Yes or No, as in "1. <name>? Yes" or "1. <name>? No".'
+    "You are the {user} of the conversation. Decide whether you would accept the item that is recommended below: go by "
+    "what you said that you like, want and do not want. Give the decision at once and no reason for it, on one line: "
+    'the number of the item, its name, a question mark, then Yes or No, as in "1. <name>? Yes" or "1. <name>? No".'
 )
 _CRITIQUE = (
     "You are the {user} of the conversation. Read what you said that you are looking for, then answer the {system} in "
@@ -79,7 +79,7 @@ class UserPrompts:
         for name, value, allowed in (("style", style, STYLES), ("feedback", feedback, FEEDBACK)):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} of a simulated user's prompts must be one of {', '.join(allowed)}")
-        self.catalogue, self.style, self.tokenizer = catalogue, style, tokenizer
+        self.catalogue, self.style, self.roles, self.tokenizer = catalogue, style, roles, tokenizer
         self._roles = dict(zip((USER, SYSTEM), roles, strict=True))
         self._tags = _MARKUP + (() if tokenizer is None else tokenizer.control_tokens())
         self.decisions = tuple(_decision(tokenizer, word) for word in ("Yes", "No"))
@@ -98,14 +98,20 @@ class UserPrompts:
         prefix = self._prefix(dialogue)
         if self.style == "short":
             return prefix, f"{self._item(item)}\nAccept?", ""
-        return prefix, self._asking([item], self._score), f"1. {self.line(self.catalogue.titles[item])}?"
+        # The instruction stands before the item, so that it is run once for all items.
+        asked = f"{prefix}## Instruction\n{self._score}\n\n"
+        return asked, f"{self._recommended([item])}{self._behind}", f"1. {self.line(self.catalogue.titles[item])}?"
 
     def critique_prompt(self, dialogue: Dialogue, items: Sequence[int]) -> tuple[str, str]:
         """(what depends on the dialogue alone, the rest of the prompt). Raises ValueError as :meth:`score_prompt`."""
         prefix = self._prefix(dialogue)
         if self.style == "short":
             return prefix, "".join(map(self._item, items)) + f"\n{self._roles[USER]}:"
-        return prefix, self._asking(items, self._critique)
+        return prefix, f"{self._recommended(items)}\n\n## Instruction\n{self._critique}{self._behind}"
+
+    def critique_reply(self, text: str) -> str:
+        """A critique as the reply that a model learns: on one line, behind a blank where the role stands before it."""
+        return f" {self.line(text)}" if self.style == "short" else self.line(text)
 
     def _render(self, dialogue: Dialogue) -> str:
         if not dialogue.turns:
@@ -121,9 +127,8 @@ class UserPrompts:
         """A numbered list with attributes, as prompts of style "full" show it."""
         return "\n".join(f"{number}. {self._item(item)}" for number, item in enumerate(items, start=1))
 
-    def _asking(self, items: Sequence[int], instruction: str) -> str:
-        shown = f"## Recommendation By {self._roles[SYSTEM]}\n{self.listing(items)}"
-        return f"{shown}\n\n## Instruction\n{instruction}{self._behind}"
+    def _recommended(self, items: Sequence[int]) -> str:
+        return f"## Recommendation By {self._roles[SYSTEM]}\n{self.listing(items)}"
 
     def _item(self, item: int) -> str:
         if item not in self._shown:

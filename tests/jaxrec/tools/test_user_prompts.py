@@ -43,17 +43,17 @@ def test_short_prompts_hold_a_line_for_each_turn_and_item():
 def test_full_prompts_have_the_headings_of_the_paper_and_numbered_items_with_attributes():
     made = UserPrompts(CATALOGUE, "full")
     prefix, rest, reply = made.score_prompt(DIALOGUES[1], 1)
-    assert prefix == (
-        "## Conversation\nUser: I want horror\nSystem: What about Silver Gate\nUser: no something 1950s please\n\n"
-    )
-    shown, _, instruction = rest.partition("\n\n## Instruction\n")
-    assert shown == (
-        "## Recommendation By System\n1. Silver Gate\n  - era: 1970s\n  - genre: drama\n  - plot: dark, ocean"
+    talk, _, instruction = prefix.partition("\n\n## Instruction\n")
+    assert talk == (
+        "## Conversation\nUser: I want horror\nSystem: What about Silver Gate\nUser: no something 1950s please"
     )
     assert "Yes or No" in instruction
+    assert rest == (
+        "## Recommendation By System\n1. Silver Gate\n  - era: 1970s\n  - genre: drama\n  - plot: dark, ocean\n\n"
+    )
     assert reply == "1. Silver Gate?"
     same, rest = made.critique_prompt(DIALOGUES[1], [1, 0])
-    assert same == prefix
+    assert same == f"{talk}\n\n"
     assert "\n2. Amber Bell\n  - era: 1950s\n  - genre: comedy\n\n## Instruction\n" in rest
     assert "era, genre, plot" in rest
     assert "negative" in rest
@@ -67,7 +67,7 @@ def test_a_chat_template_stands_around_the_whole_prompt(chat_tokenizer):
     prefix, rest, reply = made.score_prompt(DIALOGUES[0], 3)
     assert prefix + rest == chat_tokenizer.chat([{"role": "user", "content": content}])
     assert reply == "1. Who Knows??"
-    assert prefix == made.critique_prompt(DIALOGUES[0], [1])[0]
+    assert prefix.startswith(made.critique_prompt(DIALOGUES[0], [1])[0])
 
 
 def test_a_template_that_hides_the_message_is_refused(tmp_path):
