@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from jaxrec import __version__, serve_command
+from jaxrec import __version__, chat_command, serve_command
 from jaxrec import config as config_lib
 from jaxrec.config import UsageError, nearest
 from jaxrec.config_docs import config_tree
@@ -324,6 +324,17 @@ def _serve(words: list[str]) -> None:
     serve_command.run(left[0], values)
 
 
+def _chat(words: list[str]) -> None:
+    overrides, rest = _split([word for word in words if word not in _HELP])
+    values, left = _parse("chat", rest, chat_command.define)
+    if len(words) != len(overrides) + len(rest):
+        _help("chat", *(config_tree(values.config, overrides) if values.config else ()))
+        return
+    if left or not values.config:
+        raise UsageError(f"chat needs --config and nothing without a name. usage: jaxrec {_COMMANDS['chat'].usage}")
+    chat_command.run(values, overrides)
+
+
 def _define_convert(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "of the weights", flag_values=values)
     flags.DEFINE_string("keep_experts", None, "JSON file with the experts to keep", flag_values=values)
@@ -381,15 +392,11 @@ def _plan(words: list[str]) -> int:
     return OK if out["fits"] else FAILURE
 
 
-def _define_systems(values: flags.FlagValues) -> None:
-    flags.DEFINE_boolean("devices", False, "list JAX's devices", flag_values=values)
-
-
 def _systems(words: list[str]) -> None:
     if _HELP & set(words):
         _help("systems")
         return
-    values, left = _parse("systems", words, _define_systems)
+    values, left = _parse("systems", words, lambda v: flags.DEFINE_boolean("devices", False, "", flag_values=v))
     if left:
         raise UsageError(f"systems: unexpected argument '{left[0]}'. usage: jaxrec {_COMMANDS['systems'].usage}")
     packaged = config_lib.packaged_configs()
@@ -455,6 +462,7 @@ The same as `jaxrec run --config=deeprec:demo`. It ends with a table and report.
   --seed=N                  the same seed gives the same text (default 0)""",
     ),
     "serve": _Command(_serve, serve_command.USAGE, serve_command.LINE, serve_command.DETAILS),
+    "chat": _Command(_chat, chat_command.USAGE, chat_command.LINE, chat_command.DETAILS),
     "convert": _Command(
         _convert,
         "convert SOURCE TARGET [--dtype=bfloat16] [--keep_experts=MASK.json]",

@@ -58,7 +58,7 @@ SYSTEMS = {
             "grsu",
             "GRSU",
             "a simulated user scores and critiques; beam search over conversations",
-            ("synthesize", "sft", "interact", "evaluate"),
+            ("synthesize", "sft", "interact", "rl", "evaluate"),
         ),
         System(
             "simple_deep_searcher",

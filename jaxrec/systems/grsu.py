@@ -1,0 +1,272 @@
+"""GRSU: a simulated user scores and criticises a recommender's lists, and the recommender revises (arXiv 2504.20458).
+
+    synthesize  instruction data for both actions of the simulated user, from training dialogues
+    sft         one model learns both
+    interact    beam search over conversations with the test dialogues, and the searches it is compared with
+    rl          off by default: a recommender that writes queries is trained against the simulated user
+    evaluate    rankings of what the searches came across, paired intervals
+
+The paper's text and a part of its code were not at hand; what they leave open is decided in the modules that do the
+work and in the config. The embedded world's figures say that the machinery works; the paper's tables need its models.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrec.config import UsageError, write_atomic
+from jaxrec.data.dialogues import Instance
+from jaxrec.evaluate import grsu as judging
+from jaxrec.evaluate.conversation import arms
+from jaxrec.systems import by_seed, world_lm
+from jaxrec.systems.model_run import ModelRun
+from jaxrec.systems.recommender_rl import check_rl, conversations, reinforce
+from jaxrec.tools import search_task, talk_task
+from jaxrec.tools.conversation import Ask, Recommender, seed_of
+from jaxrec.tools.conversation_search import SearchConfig, Tree
+from jaxrec.tools.conversation_trees import search_all
+from jaxrec.tools.simulated_user import ModelUser, UserConfig
+from jaxrec.tools.talk_task import TalkTask
+from jaxrec.tools.teacher.base import Teacher
+from jaxrec.tools.user_instructions import (
+    Instruction,
+    Instructions,
+    critique_lists,
+    critique_rows,
+    encode_instructions,
+    scoring_rows,
+)  # fmt: skip
+from jaxrec.tools.user_prompts import UserPrompts
+from models.sharding import make_mesh
+
+STAGES = ("synthesize", "sft", "interact", "rl", "evaluate")
+UNTUNED = "untuned"
+STYLES = ("short", "full")
+
+
+class Run(ModelRun):
+    """One seed of one config."""
+
+    @functools.cached_property
+    def task(self) -> TalkTask:
+        c = self.config
+        if c.data.source == "files":
+            return talk_task.file_task(c.data, self.seed)
+        return talk_task.world_task(c.data, world_lm.base_config(c.model.base, self.seed).world.scale, self.seed)
+
+    @functools.cached_property
+    def teacher(self) -> Teacher:
+        path = self.folder / "teacher" / "replies.jsonl"
+        if self.config.data.source == "files":
+            return search_task.endpoint_teacher(self.config.teacher, path)
+        return talk_task.world_teacher(self.task, self.config.teacher.error, path)
+
+    @functools.cached_property
+    def recommender(self) -> Recommender:
+        teacher = self.teacher if self.config.recommender.kind == "prompted" else None
+        folder = self.folder / "recommender"
+        return talk_task.make_recommender(self.config.recommender, self.task, folder, teacher, self.seed)
+
+    def prompts(self, tokenizer: Any) -> UserPrompts:
+        """What the simulated user is asked, in training and in the search."""
+        p = self.config.prompts
+        return UserPrompts(
+            self.task.catalogue, p.style, roles=self.task.roles, feedback=p.feedback, tokenizer=tokenizer
+        )
+
+    def user(self, name: str) -> ModelUser:
+        """The simulated user that a stage left, or "base"."""
+        model, s = self.model(name), self.config.search
+        config = UserConfig(s.score, s.temperature, max_new=s.max_new)
+        return ModelUser(model, self.prompts(model.tokenizer), config, self.mesh)
+
+    def first_lists(self, instances: Sequence[Instance]) -> list[tuple[int, ...]]:
+        """What the recommender proposes for each, before anybody criticised it."""
+        asks = [
+            Ask(i.dialogue, seed=seed_of(self.seed, "first lists", i.dialogue.id), name=i.dialogue.id)
+            for i in instances
+        ]
+        return [reply.items for reply in self.recommender.recommend(asks)]
+
+
+def check(config: Any) -> None:
+    """Raise UsageError or ValueError for settings that a stage would stumble over. No device is used."""
+    c = config
+    if c.data.source not in talk_task.SOURCES:
+        raise UsageError(f"data.source={c.data.source!r} must be one of {', '.join(talk_task.SOURCES)}")
+    if (c.data.source == "files") != bool(c.model.path):
+        raise UsageError("model.path goes with data.source=files: the world's conversations need the world's own model")
+    if c.recommender.kind not in talk_task.RECOMMENDERS:
+        raise UsageError(f"recommender.kind={c.recommender.kind!r} must be one of {', '.join(talk_task.RECOMMENDERS)}")
+    if c.data.source == "files":
+        talk_task.check_files(c.data)
+        search_task.endpoint(c.teacher)
+        if c.recommender.kind == "world":
+            raise UsageError("recommender.kind=world recommends items of the embedded world only; take another one")
+    elif c.recommender.kind in ("prompted", "sequential"):
+        raise UsageError(
+            f"recommender.kind={c.recommender.kind}: the world's dialogues name no items and its teacher recommends "
+            "none; take world or retrieval"
+        )
+    for name in c.evaluate.arms:
+        if name not in judging.ARMS:
+            raise UsageError(f"evaluate.arms: no {name!r}; known: {', '.join(judging.ARMS)}")
+    if c.evaluate.ranking not in judging.STRATEGIES:
+        raise UsageError(f"evaluate.ranking={c.evaluate.ranking!r} must be one of {', '.join(judging.STRATEGIES)}")
+    for name in ("rounds", "scores", "critiques"):
+        if c.synthesize[name] < 1:
+            raise UsageError(f"synthesize.{name}={c.synthesize[name]} must be at least 1")
+    if c.synthesize.long not in ("drop", "error"):
+        raise UsageError(f"synthesize.long={c.synthesize.long!r} must be drop or error")
+    search_config(c, 0)
+    UserConfig(c.search.score, c.search.temperature, max_new=c.search.max_new)
+    check_rl(c)
+
+
+def search_config(config: Any, seed: int) -> SearchConfig:
+    """The search of the method itself."""
+    s = config.search
+    return SearchConfig(
+        s.beams, s.depth, s.expand, k=config.recommender.k, reward=s.reward, allow_shrink=s.allow_shrink, seed=seed
+    )
+
+
+# --- synthesize ------------------------------------------------------------------------------------------------------
+
+
+def synthesize(this: Run) -> list[Instruction]:
+    """Instruction data as text rows; ``instructions.json`` says how many there are, and what was left out and why."""
+    path = this.folder / "instructions.jsonl"
+    if path.exists():
+        return read_instructions(path)
+    s, instances = this.config.synthesize, this.task.parts["train"]
+    prompts = this.prompts(this.load(this.base).tokenizer)
+    rng = np.random.Generator(np.random.PCG64([this.seed, 31]))
+    rounds, critiques = propose(this, instances, prompts, rng)
+    proposed = [[item for lists in rounds for item in lists[i]] for i in range(len(instances))]
+    scores = [scoring_rows(instances, proposed, prompts, rng, s.hard) for _ in range(s.scores)]
+    rows = [row for made in (*scores, *critiques) for row in made.rows]
+    counts = {
+        "instances": len(instances), "decisions": sum(len(made.rows) for made in scores),
+        "critiques": sum(len(made.rows) for made in critiques),
+        "decisions left out": _total(made.dropped for made in scores),
+        "critiques left out": _total(made.dropped for made in critiques),
+        "reading the files": dict(this.task.skipped),
+    }  # fmt: skip
+    print(f"synthesize: {counts}")
+    write_atomic(this.folder / "instructions.json", json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(path, "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def propose(
+    this: Run, instances: Sequence[Instance], prompts: UserPrompts, rng: np.random.Generator
+) -> tuple[list[list[tuple[int, ...]]], list[Instructions]]:
+    """By round: a list of every instance without its labels, and the teacher's critiques of these lists. The
+    recommender revises what was criticised, so that the simulated user learns from lists as a search meets them; what
+    the teacher gave no usable critique of stays as it is."""
+    c, lists = this.config, this.first_lists(instances)
+    past: list[tuple[int, ...]] = [()] * len(instances)
+    rounds, critiques = [], []
+    for number in range(c.synthesize.rounds):
+        shown = critique_lists(instances, lists, this.task.catalogue, c.recommender.k, rng)
+        sampling = search_task.teacher_sampling(c.teacher, this.seed)
+        made = critique_rows(instances, shown, prompts, this.teacher, sampling, c.synthesize.critiques)
+        rounds.append(shown)
+        critiques.append(made)
+        told = {row.prompt: row.text[1].strip() for row in made.rows}
+        said = [told.get(prompts.critique_prompt(i.dialogue, own), "") for i, own in zip(instances, shown, strict=True)]
+        past = [tuple(dict.fromkeys((*before, *own))) for before, own in zip(past, shown, strict=True)]
+        asks = {
+            at: Ask(i.dialogue, own, text, before, seed_of(this.seed, "revised", number, i.dialogue.id), i.dialogue.id)
+            for at, (i, own, text, before) in enumerate(zip(instances, shown, said, past, strict=True)) if text
+        }  # fmt: skip
+        if number + 1 < c.synthesize.rounds:
+            revised = dict(zip(asks, this.recommender.recommend(list(asks.values())), strict=True))
+            lists = [revised[at].items if at in revised else own for at, own in enumerate(shown)]
+    return rounds, critiques
+
+
+def _total(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    out: collections.Counter[str] = collections.Counter()
+    for part in counts:
+        out.update(part)
+    return dict(out)
+
+
+def read_instructions(path: Path) -> list[Instruction]:
+    """What :func:`synthesize` wrote. Raises UsageError without it."""
+    if not path.exists():
+        raise UsageError(f"{path} is not there: run --stages=synthesize first")
+    fields = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Instruction(tuple(f["prompt"]), tuple(f["completion"])) for f in fields]
+
+
+# --- sft -------------------------------------------------------------------------------------------------------------
+
+
+def tune(this: Run) -> None:
+    """One model that scores and criticises."""
+    if (this.checkpoint("sft") / "model").exists():
+        return
+    rows, model, c = read_instructions(this.folder / "instructions.jsonl"), this.load(this.base), this.config
+    end = model.config.eos_ids[0]
+    arrays, long = encode_instructions(rows, model.tokenizer, end, c.sft.length, c.synthesize.long)
+    print(f"sft: {len(rows) - long} rows, {long} left out that are longer than sft.length={c.sft.length}")
+    this.supervise("sft", model, arrays, c.sft)
+
+
+# --- interact --------------------------------------------------------------------------------------------------------
+
+
+def searches(this: Run) -> dict[str, SearchConfig]:
+    """The searches of a run by name, the method first."""
+    every = arms(search_config(this.config, this.seed))
+    every[UNTUNED] = every["full"]
+    return {name: every[name] for name in ("full", *this.config.evaluate.arms)}
+
+
+def interact(this: Run) -> dict[str, list[Tree]]:
+    """Trees of every search, kept in ``trees/<name>.jsonl``; what is there is read back."""
+    dialogues = [instance.dialogue for instance in this.task.parts["test"]]
+    tuned, out = this.user("sft"), {}
+    for name, config in searches(this).items():
+        user = this.user("base") if name == UNTUNED else tuned
+        path = this.folder / "trees" / f"{name}.jsonl"
+        out[name] = search_all(dialogues, this.recommender, user, config, path, batch=this.config.search.batch)
+    return out
+
+
+# --- rl, evaluate ----------------------------------------------------------------------------------------------------
+
+
+def rl(this: Run) -> None:
+    """The recommender that writes queries; nothing with ``rl.steps=0``."""
+    if this.config.rl.steps:
+        reinforce(this, this.user("sft"))
+
+
+def evaluate(this: Run) -> judging.SeedResult:
+    """Rankings of every search, the simulated user's own scores, and the trained recommenders' conversations."""
+    users = {name: this.user(name) for name in ("base", "sft")}
+    names = judging.POLICIES if this.config.rl.steps else ()
+    played = {name: conversations(this, users["sft"], name) for name in names}
+    return judging.evaluate_seed(this, interact(this), users, played)
+
+
+RECIPE = {"synthesize": synthesize, "sft": tune, "interact": interact, "rl": rl, "evaluate": evaluate}
+
+
+def run(config: Any, workdir: Path, stages: Sequence[str]) -> dict[str, Any] | None:
+    """Run the stages for every seed; returns the result that is also in result.json."""
+    check(config)
+    sizes = config.mesh.to_dict()
+    mesh = make_mesh(**sizes) if set(sizes.values()) != {1} else None
+    results = by_seed(RECIPE, stages, config.seeds, workdir, lambda seed, folder: Run(config, seed, folder, mesh))
+    return judging.pool(config, results, workdir) if results else None

@@ -1,0 +1,191 @@
+"""A recommender that writes queries, trained by reinforcement learning against a simulated user.
+
+The policy reads a dialogue and writes a query, a search answers it with a list, the simulated user scores and
+criticises the list, and the policy writes the next query. It starts from supervised traces of a heuristic that only
+looks at what was said last. The reward may be the user's score, which is a model's opinion, or whether a list holds the
+hidden item; both are measured, to see whether the policy learned to please the one at the other's cost.
+"""
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+import models
+from jaxrec.config import UsageError
+from jaxrec.data.dialogues import USER, Dialogue
+from jaxrec.data.item_catalogue import ItemCatalogue
+from jaxrec.data.pipeline import batches
+from jaxrec.tools.conversation import User
+from jaxrec.tools.crs.environment import query_env, talks
+from jaxrec.tools.crs.prompts import QueryPrompts
+from jaxrec.tools.crs.retrieval import SearchedLists
+from jaxrec.tools.talk_task import item_search
+from models.sharding import use_mesh
+from rl.checkpoint import Checkpointer
+from rl.envs.base import Action
+from rl.envs.user import State, UserEnv
+from rl.metrics import MetricsWriter
+from rl.optimizer import OptimizerConfig, init_state
+from rl.policy import GRPOConfig
+from rl.rollout import RolloutConfig, rollout
+from rl.rows import encode_rows
+from rl.trainer import train
+from rl.user_rewards import UserReward, UserRewardConfig, hit, score, user_counts
+
+COLD, TRAINED = "cold_start", "rl"  # what the two are called in a run's folder
+REWARDS = {"score": UserRewardConfig(hit=0.0), "hit": UserRewardConfig(score=0.0, hit_lists="any")}
+_CLAUSE = re.compile(r"[.,;?!]")
+_NOT = re.compile(r"\b(no|not|nothing|without|too)\b|n't\b", re.IGNORECASE)
+_WORD = re.compile(r"\w+")
+
+
+def check_rl(config: Any) -> None:
+    """Raise UsageError or ValueError for settings of ``rl`` that training would stumble over."""
+    r = config.rl
+    if r.reward not in REWARDS:
+        raise UsageError(f"rl.reward={r.reward!r} must be one of {', '.join(REWARDS)}")
+    if not 0 < r.max_prompt < r.max_total or r.max_new < 1 or r.rounds < 1 or r.steps < 0:
+        raise UsageError(
+            f"rl.max_total={r.max_total} must leave room behind rl.max_prompt={r.max_prompt}, and rl.max_new and "
+            "rl.rounds must be at least 1"
+        )
+    policy_config(config, 0)
+
+
+def policy_config(config: Any, seed: int) -> GRPOConfig:
+    """The update."""
+    r = config.rl
+    return GRPOConfig(
+        optimizer=OptimizerConfig(lr=r.lr, warmup_steps=r.warmup, b2=r.b2), prompts_per_step=r.prompts_per_step,
+        group_size=r.group_size, micro_batches=r.micro_batches, advantage=r.advantage, clip_low=r.clip,
+        clip_high=r.clip, max_total=r.max_total, length_buckets=(r.max_total // 2, r.max_total),
+        save_every=r.save_every, logprob_chunk=r.logprob_chunk, seed=seed, log_entropy=False,
+        max_env_errors=r.max_env_errors,
+    )  # fmt: skip
+
+
+def environment(this: Any, user: User, tokenizer: Any) -> UserEnv:
+    """The conversation that a policy has; queries are answered by BM25 over names and attributes."""
+    c = this.config
+    search = item_search(this.task, c.recommender.k, this.folder / "recommender")
+    roles = this.task.roles
+    prompts = QueryPrompts(this.task.catalogue, roles=roles, reserved=tokenizer.control_tokens())
+    return query_env(prompts, SearchedLists(search), user, c.recommender.k, rounds=c.rl.rounds, seed=this.seed)
+
+
+def catalogue_words(catalogue: ItemCatalogue) -> frozenset[str]:
+    """Words of short attribute values (names, genres; not of a plot), in lower case."""
+    values = {value for known in catalogue.attributes for values in known.values() for value in values}
+    return frozenset(word for v in values if len(words := _WORD.findall(v.lower())) <= 3 for word in words)
+
+
+def keywords(text: str, known: frozenset[str]) -> list[str]:
+    """Words of the catalogue that a text says, but those in clauses that negate."""
+    clauses = [clause for clause in _CLAUSE.split(text) if not _NOT.search(clause)]
+    return list(dict.fromkeys(word for clause in clauses for word in _WORD.findall(clause) if word.lower() in known))
+
+
+def last_words(dialogue: Dialogue, known: frozenset[str]) -> str:
+    """A query of the latest turn of the user that says a word of the catalogue; "anything" where none does."""
+    for turn in reversed(dialogue.turns):
+        if turn.role == USER and (words := keywords(turn.text, known)):
+            return " ".join(words)
+    return "anything"
+
+
+def traces(env: UserEnv, dialogues: Sequence[Any], known: frozenset[str]) -> list[State]:
+    """Conversations in which every query holds the last words that the user said: in the dialogue, then in each
+    critique."""
+    states, _ = env.reset(dialogues)
+    running = states
+    while running:
+        words = [
+            " ".join(keywords(s.critique, known)) or last_words(s.example.dialogue, known) for s in running
+        ]  # fmt: skip
+        step = env.step(running, [Action(f" {query}\n", "\n") for query in words])
+        running = [state for state, text in zip(running, step.observations, strict=True) if text is not None]
+    return states
+
+
+def cold_start(this: Any, env: UserEnv) -> None:
+    """Supervised steps on :func:`traces`."""
+    if (this.checkpoint(COLD) / "model").exists():
+        return
+    model, r = this.load(this.base), this.config.rl
+    states = traces(env, talks(this.task.parts["train"]), catalogue_words(this.task.catalogue))
+    whole = [s for s in states if not s.failure]
+    rows, long = encode_rows(
+        [(s.prompt, s.segments) for s in whole], model.tokenizer, model.config.eos_ids[0], r.max_total
+    )
+    print(f"{COLD}: {len(whole) - long} traces; {long} too long, {len(states) - len(whole)} without an answer")
+    settings = type(r)({"steps": r.cold_steps, "lr": r.cold_lr, "batch_size": this.config.sft.batch_size})
+    this.supervise(COLD, model, rows, settings)
+
+
+def reinforce(this: Any, user: User) -> None:
+    """Train the cold start's policy against a user into ``checkpoints/rl``."""
+    target = this.checkpoint(TRAINED) / "model"
+    if target.exists():
+        return
+    env = environment(this, user, this.load(this.base).tokenizer)
+    cold_start(this, env)
+    model, r = this.model(COLD), this.config.rl
+    settings, options, reward = policy_config(this.config, this.seed), rollout_config(r), UserReward(REWARDS[r.reward])
+    examples = talks(this.task.parts["train"])
+    feed = batches({"index": np.arange(len(examples))}, r.prompts_per_step, this.seed)
+
+    def play(params: Any, batch: dict[str, np.ndarray], key: jax.Array):
+        with use_mesh(this.mesh):
+            trajectory, states = rollout(
+                params, model.config, model.tokenizer, env, [examples[i] for i in batch["index"]], key, options,
+                group_size=r.group_size, fuse=this.mesh is None,
+            )  # fmt: skip
+        begin = time.perf_counter()
+        parts = reward(states)
+        info = {
+            **user_counts(states),
+            "hit": float(hit(states, "any").mean()),
+            "seconds": {"reward": time.perf_counter() - begin},
+        }
+        return trajectory, parts, info
+
+    state = init_state(model.params, settings.optimizer, this.seed)
+    shown = ("reward", "hit", "score_last", "failed_critique")
+    with (
+        MetricsWriter(this.folder, TRAINED, r.steps, show=shown) as writer,
+        Checkpointer(this.checkpoint(TRAINED) / "steps", keep=2) as keeper,
+    ):
+        state = train(
+            settings, model.config, state, feed, play, steps=r.steps, writer=writer, checkpointer=keeper,
+            mesh=this.mesh,
+        )  # fmt: skip
+    models.save(model.replace(params=state.params), target)
+
+
+def rollout_config(settings: Any, temperature: float = 1.0) -> RolloutConfig:
+    """Lengths of a conversation."""
+    r = settings
+    return RolloutConfig(r.max_prompt, r.max_total, r.max_new, r.rounds, temperature)
+
+
+def conversations(this: Any, user: User, name: str) -> tuple[Mapping[str, np.ndarray], list[State]]:
+    """Greedy conversations of a policy about the test dialogues: "hit" in any list, "hit_last", "score" of the last
+    list, float64 [n] each, and the final states."""
+    model, size = this.model(name), this.config.search.batch
+    env, examples = environment(this, user, model.tokenizer), talks(this.task.parts["test"])
+    states: list[State] = []
+    for low in range(0, len(examples), size):
+        part = examples[low : low + size]
+        filled = part + part[-1:] * (size - len(part))  # one shape
+        with use_mesh(this.mesh):
+            _, ended = rollout(
+                model.params, model.config, model.tokenizer, env, filled, jax.random.key(this.seed),
+                rollout_config(this.config.rl, 0.0), fuse=this.mesh is None,
+            )  # fmt: skip
+        states += ended[: len(part)]
+    values = {"hit": hit(states, "any"), "hit_last": hit(states), "score": score(states)}
+    return {name: np.asarray(v, np.float64) for name, v in values.items()}, states

@@ -1,0 +1,144 @@
+"""What a recipe about conversations works on: instances over one catalogue, and who recommends in them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrec.config import UsageError
+from jaxrec.data.dialogue_formats import FORMATS, read_parts
+from jaxrec.data.dialogues import Instance
+from jaxrec.data.item_catalogue import ItemCatalogue
+from jaxrec.tools.conversation import Recommender, seed_of
+from jaxrec.tools.crs.prompted import PromptedConfig, PromptedRecommender
+from jaxrec.tools.crs.prompts import RecommenderPrompts
+from jaxrec.tools.crs.retrieval import ItemSearch, RetrievalRecommender, item_store, latest_turns
+from jaxrec.tools.crs.sequential import SequentialRecommender, fit_sequential, mention_counts
+from jaxrec.tools.teacher import ScriptedTeacher, StoredTeacher
+from jaxrec.tools.teacher.base import Request, Teacher
+from jaxrec.world import generate, world_config
+from jaxrec.world.conversations import NAMES, Conversations, RecommenderConfig, TalkConfig, WorldRecommender
+from jaxrec.world.seeker import Seeker, SeekerConfig
+from rl.recommender import RecommenderConfig as FitConfig
+
+SOURCES = ("world", "files")
+RECOMMENDERS = ("world", "retrieval", "sequential", "prompted")
+PARTS = ("train", "valid", "test")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TalkTask:
+    """parts: instances by part. roles: how prompts call user and system. skipped: turns of files that are no instances,
+    by reason, and what else reading counted. talks: of the embedded world."""
+
+    catalogue: ItemCatalogue
+    parts: Mapping[str, Sequence[Instance]]
+    roles: tuple[str, str] = ("User", "System")
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    talks: Conversations | None = None
+
+
+def world_task(data: Any, scale: str, seed: int) -> TalkTask:
+    """Conversations of the embedded world. Raises UsageError for settings that cannot be."""
+    try:
+        config = TalkConfig(data.wishes, data.avoid)
+        talks = Conversations(generate(world_config(scale, seed=seed)), seed, config)
+        parts = {part: talks.sample(part, data[f"{part}_dialogues"]) for part in PARTS}
+    except ValueError as error:
+        raise UsageError(f"data: {error}") from error
+    return TalkTask(talks.catalogue, parts, tuple(NAMES.values()), talks=talks)
+
+
+def file_task(data: Any, seed: int) -> TalkTask:
+    """Instances of files. Those for validation are taken from the training file, whole dialogues at a time, so that no
+    conversation is in two parts. Raises ValueError as the readers do, UsageError for a part without instances."""
+    read = read_parts({"train": data.train, "test": data.test}, data.form, catalogue_path=data.catalogue)
+    options = {"only_new": data.only_new, "drop_skipped_turns": data.drop_skipped_turns}
+    parts, skipped = {}, {}
+    for name, found in read.items():
+        parts[name], why = found.instances(**options)
+        skipped |= {f"{name}: {reason}": count for reason, count in {**found.counts, **why}.items()}
+    talks = list(dict.fromkeys(_talk(i) for i in parts["train"]))
+    order = np.random.Generator(np.random.PCG64([seed_of(seed, "validation")])).permutation(len(talks))
+    held, wanted = set(), data.valid_dialogues
+    for number in order:
+        if sum(_talk(i) in held for i in parts["train"]) >= wanted:
+            break
+        held.add(talks[number])
+    parts["valid"] = [i for i in parts["train"] if _talk(i) in held]
+    parts["train"] = [i for i in parts["train"] if _talk(i) not in held]
+    parts = {name: _some(parts[name], data[f"{name}_dialogues"], seed) for name in PARTS}
+    for name, some in parts.items():
+        if not some and (name != "valid" or wanted):
+            raise UsageError(f"data: no instance is left for {name}; what was left out: {skipped}")
+    return TalkTask(read["train"].catalogue, parts, skipped=skipped)
+
+
+def _talk(instance: Instance) -> str:
+    """The conversation that an instance is cut from."""
+    return instance.dialogue.id.rpartition(":")[0]
+
+
+def _some(instances: Sequence[Instance], count: int, seed: int) -> list[Instance]:
+    """``count`` of them (0: all), drawn, in their order."""
+    if not 0 < count < len(instances):
+        return list(instances)
+    rng = np.random.Generator(np.random.PCG64([seed_of(seed, "sample")]))
+    return [instances[i] for i in sorted(rng.permutation(len(instances))[:count])]
+
+
+def check_files(data: Any) -> None:
+    """Raise UsageError for files that a task of files would miss later."""
+    if data.form and data.form not in FORMATS:
+        raise UsageError(f"data.form={data.form!r} must be one of {', '.join(FORMATS)}, or empty to find out")
+    for name in ("train", "test", "catalogue"):
+        if not data[name] and name != "catalogue":
+            raise UsageError(f"data.source=files needs data.{name}, a file of dialogues")
+        if data[name] and not Path(data[name]).exists():
+            raise UsageError(f"data.{name}={data[name]}: there is no such file")
+
+
+def make_recommender(settings: Any, task: TalkTask, folder: Path, teacher: Teacher | None, seed: int) -> Recommender:
+    """Who recommends. teacher: of kind "prompted". Raises UsageError for a kind that the task has not."""
+    kind, k = settings.kind, settings.k
+    try:
+        if kind == "world":
+            names = ("k", "memory", "strength", "heard", "temperature", "keep")
+            return WorldRecommender(task.talks, RecommenderConfig(**{name: settings[name] for name in names}))
+        if kind == "retrieval":
+            turns = settings.memory or max(len(i.dialogue.turns) for part in task.parts.values() for i in part)
+            return RetrievalRecommender(item_search(task, k, folder, settings.temperature), latest_turns(turns))
+        if kind == "sequential":
+            train, valid = ([i.dialogue for i in task.parts[part]] for part in ("train", "valid"))
+            module = fit_sequential(train, valid, len(task.catalogue), FitConfig(seed=seed))
+            counts = mention_counts(train, len(task.catalogue))
+            return SequentialRecommender(module, counts, task.catalogue, k, temperature=settings.temperature)
+        prompts = RecommenderPrompts(task.catalogue, k, roles=task.roles)
+        config = PromptedConfig(k=k, min_ratio=settings.min_ratio)
+        return PromptedRecommender(teacher, task.catalogue, config, prompts=prompts)
+    except ValueError as error:
+        raise UsageError(f"recommender: {error}") from error
+
+
+def item_search(task: TalkTask, k: int, folder: Path, temperature: float = 0.0) -> ItemSearch:
+    """BM25 over names and attributes of the items, built in ``folder`` where it is not there."""
+    from jaxrec.tools.search.bm25 import BM25Search, build_bm25
+
+    store, index = item_store(task.catalogue, folder / "items"), folder / "items_bm25"
+    return ItemSearch(
+        task.catalogue, BM25Search(store, index) if index.exists() else build_bm25(store, index), k,
+        temperature=temperature,
+    )  # fmt: skip
+
+
+def world_teacher(task: TalkTask, error: float, path: Path) -> Teacher:
+    """The embedded world's scripted teacher, who writes critiques; its replies are kept in a file."""
+    seeker = Seeker(task.talks, SeekerConfig(error))
+
+    def annotator(request: Request, choice: int) -> str:
+        return seeker.annotate(request.messages[-1].content, (request.sampling.seed or 0) + choice)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return StoredTeacher(ScriptedTeacher({"annotator": annotator}, id=f"world's seeker, error {error:g}"), path)
