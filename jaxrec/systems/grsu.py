@@ -47,7 +47,6 @@ from models.sharding import make_mesh
 
 STAGES = ("synthesize", "sft", "interact", "rl", "evaluate")
 UNTUNED = "untuned"
-STYLES = ("short", "full")
 
 
 class Run(ModelRun):
