@@ -7,6 +7,14 @@ The same random Qwen3 weights in float32, the same prompts, greedy, no early end
 both. Compilation is paid before the first measured call and reported apart. ``limit`` is counted, not measured: each
 step reads every weight once and multiplies it with the batch, at the memory bandwidth and the matrix-product rate
 measured in the same run; ``of limit`` is that time over ours. ``sampled`` is ours with temperature 1 and top_p 0.9.
+
+    python tests/bench/decode.py --int8 world_lm:tiny [--rows 256] [--out decode.json]      (needs no bench extra)
+
+What rounding does to a trained model: the embedded world's, made first if it has not been, answers test questions of
+its domains greedily with weights, cache or both in eight bits, and in bfloat16, beside float32. ``change`` is the root
+mean square of what happens to the logits over that of the logits, both less their mean over the vocabulary, at every
+token of float32's answers; ``KL`` is in nats a token; ``same token`` counts those whose best token stays, ``same
+answer`` answers written freely that are equal to the end, ``right`` answers that are the question's.
 """
 
 import argparse
@@ -144,6 +152,97 @@ def compare(name: str, fields: dict, batches, prompt: int, new: int, repeats: in
     return rows
 
 
+FORMS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "weights in 8 bits": {"weights": True},
+    "cache in 8 bits": {"cache": True},
+    "both in 8 bits": {"weights": True, "cache": True},
+}
+
+
+def rounded(spec: str, rows: int) -> list[dict]:
+    """One row per form of :data:`FORMS`."""
+    import jax
+
+    import models
+    from jaxrec.systems import world_lm
+    from models.layout import decode_weights
+    from models.sample import decode, extend, prefill
+    from models.transformer import unembed
+
+    config = world_lm.base_config(spec, 0)
+    model = models.load(world_lm.cached(spec, 0))
+    domains = world_lm.test_rows(config, world_lm.make_texts(config), model.tokenizer)
+    width = max(part["tokens"].shape[1] for part in domains.values())
+    share = -(-rows // len(domains))
+
+    def widened(part: np.ndarray) -> np.ndarray:
+        return np.pad(part[:share], ((0, 0), (0, width - part.shape[1])))
+
+    asked, mask = (np.concatenate([widened(part[n]) for part in domains.values()]) for n in ("tokens", "mask"))
+    starts = mask.argmax(axis=1)
+    prompts = np.where(np.arange(width) < starts[:, None], asked, 0).astype(np.int32)
+    wanted = [row[real].tolist() for row, real in zip(asked, mask)]
+    longest = max(map(len, wanted))
+
+    def run(dtype: str = "float32", weights: bool = False, cache: bool = False, forced=None):
+        """(answers, logits [B, T, V] behind each token of ``forced``, or of its own answers)."""
+        c = model.config.replace(dtype=dtype)
+        prepared = decode_weights(jax.tree.map(lambda x: x.astype(dtype), model.params), c, int8=weights)
+        size = width + longest
+
+        def start():
+            return prefill(prepared, c, prompts, starts, size, int8=cache)
+
+        limits = np.full(len(prompts), longest, np.int32)
+        out, _ = decode(prepared, c, start(), jax.random.key(0), limits, temperature=0.0)
+        answers = [row[:n].tolist() for row, n in zip(np.asarray(out.tokens), np.asarray(out.counts))]
+        tokens, counts = forced or (np.asarray(out.tokens)[:, :longest], np.asarray(out.counts))
+        session = start()
+        first = np.asarray(session.logits, np.float32)[:, None]
+        session = extend(prepared, c, session, tokens, counts, int((starts + counts).max()), record=("final",))
+        behind = np.asarray(unembed(prepared, c, session.records["final"]), np.float32)
+        return answers, np.concatenate([first, behind], axis=1)[:, : tokens.shape[1]], (tokens, counts)
+
+    out, exact = [], None
+    for name, form in FORMS.items():
+        answers, logits, forced = run(**form, forced=exact and exact[2])
+        exact = exact or (answers, logits, forced)
+        real = np.arange(logits.shape[1]) < exact[2][1][:, None]
+        ours, theirs = (x[real] - x[real].mean(axis=-1, keepdims=True) for x in (logits, exact[1]))
+        logp, logq = (np.asarray(jax.nn.log_softmax(x)) for x in (theirs, ours))
+        out.append(
+            {
+                "model": spec,
+                "form": name,
+                "rows": len(answers),
+                "tokens": int(real.sum()),
+                "change": float(np.sqrt(((ours - theirs) ** 2).mean() / (theirs**2).mean())),
+                "kl": float((np.exp(logp) * (logp - logq)).sum(axis=-1).mean()),
+                "same_token": float((ours.argmax(-1) == theirs.argmax(-1)).mean()),
+                "same_answer": float(np.mean([a == b for a, b in zip(answers, exact[0])])),
+                "right": float(np.mean([a == b for a, b in zip(answers, wanted)])),
+            }
+        )
+    return out
+
+
+def show_rounded(rows: list[dict]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first = rows[0]
+    table = Table(title=f"{first['model']}: {first['rows']} test questions, {first['tokens']} tokens of answers")
+    for column in ("", "change", "KL", "same token", "same answer", "right"):
+        table.add_column(column, justify="right")
+    for r in rows:
+        shares = (f"{100 * r[name]:.1f}%" for name in ("same_token", "same_answer", "right"))
+        table.add_row(r["form"], f"{r['change']:.4f}", f"{r['kl']:.2g}", *shares)
+    Console().print(table)
+
+
 def show(rows: list[dict], machine: dict[str, float]) -> None:
     """Print the table."""
     from rich.console import Console
@@ -170,8 +269,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=5, help="interleaved runs of each side; the fastest counts")
     parser.add_argument("--out", type=Path, default=Path("decode.json"), help="where the figures go as JSON")
+    parser.add_argument("--int8", metavar="SPEC", help="measure what rounding does to this trained model instead")
+    parser.add_argument("--rows", type=int, default=256, help="of --int8: test questions, all domains together")
     options = parser.parse_args(argv)
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    if options.int8:
+        rows = rounded(options.int8, options.rows)
+        show_rounded(rows)
+        options.out.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+        return rows
     import jax
     import torch
     import transformers
