@@ -211,8 +211,8 @@ def _of_sampling(program: dict[str, Any], work: Any, sizes: dict[str, int]) -> l
     shards = _shards(sizes)
     rows = math.ceil(work.rows / shards)
     per_token = 2 * _share(c.kv_heads, tensor) * c.head_dim
-    if latent := getattr(c, "kv_lora", 0):  # multi-head latent attention caches the latent alone
-        per_token = latent + c.rope_dim
+    if latent := getattr(c, "kv_lora", 0):  # the latent alone, in whole lanes (models.sample)
+        per_token = -(-(latent + c.rope_dim) // 128) * 128
     weights = c.num_params() * width / (tensor * sizes["expert"])
     suspects = [
         (c.layers * rows * per_token * work.max_total * width,

@@ -40,9 +40,10 @@ FINISH_LENGTH, FINISH_EOS, FINISH_STOP = 0, 1, 2  # FINISH_STOP + j means stop s
 @struct.dataclass
 class Session:
     """keys, values: one [B, K, S, H] array per layer, or in eight bits with a scale per key; lens: int32 [B]; logits:
-    float32 [B, V] for the next token. With latent attention keys are [B, 1, S, latent + turning part] and there are no
-    values. routing: int16 [B, S, layers with experts, k], the experts that each token was sent to, -1 in slots that are
-    not filled; or None. records: what hooks kept of the last ``prefill`` (of its prompts, once each) or ``extend``, as
+    float32 [B, V] for the next token. With latent attention keys are [B, 1, S, latent + turning part], for TPUs with
+    zeros behind (:func:`_latent_width`), and there are no values. routing: int16 [B, S, layers with experts, k], the
+    experts that each token was sent to, -1 in slots that are not filled; or None. records: what hooks kept of the last
+    ``prefill`` (of its prompts, once each) or ``extend``, as
     ``models.forward`` gives it.
 
     Heads stand before time: the other way round, attention over the cache takes two to nine times as long on CPU.
@@ -112,6 +113,21 @@ def hooks(config: Config, record=(), edit=None, reduce=None) -> _Hooks:
     return _Hooks(dict(edit or {}), tuple(record), dict(reduce or {}))
 
 
+def _latent_width(config: Config) -> int:
+    """Width of a slot of the cache with latent attention: on a TPU whole lanes of 128.
+
+    The compiler pads DeepSeek-V3's 576 to 640 anyway, unless time is last in memory, which is why arrays that go into a
+    program or out of it have it last. The loop over tokens writes slots and has the width last: it would copy all of
+    the cache where it begins and where it ends, a second cache in memory. Of whole lanes both have the same order.
+    """
+    width = config.kv_lora + config.rope_dim
+    return -(-width // 128) * 128 if platform() == "tpu" else width
+
+
+def _widened(x: jax.Array, width: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, width - x.shape[-1]),))
+
+
 def _write(cache: jax.Array | Quantized, rows, slots, x: jax.Array) -> jax.Array | Quantized:
     """x [B, T, K, H] at ``slots`` [B, T] of a cache [B, K, S, H]."""
     if isinstance(cache, Quantized):
@@ -173,6 +189,8 @@ def run_tokens(weights, config: Config, session: Session, tokens, counts, view: 
         rope, look = kinds[config.slides[i]]
 
         def attend(q, k, v, taps, i=i, look=look):
+            if v is None:  # zeros behind both leave products of queries and keys as they are
+                q, k = (_widened(x, _latent_width(config)) for x in (q, k))
             keys[i] = _write(keys[i], rows, slots, k)
             seen = _read(keys[i], view, k.dtype)
             if v is None:
@@ -213,8 +231,7 @@ def _last_logits(weights, config, hidden, counts):
 @functools.partial(jax.jit, static_argnames=("config", "size", "repeat", "routing", "int8"))
 def _prefill(weights, tokens, lengths, hooks, *, config, size, repeat, routing, int8):
     B, T = tokens.shape
-    latent = config.kv_lora + config.rope_dim
-    shape = (B, 1, T, latent) if config.kv_lora else (B, config.kv_heads, T, config.head_dim)
+    shape = (B, 1, T, _latent_width(config)) if config.kv_lora else (B, config.kv_heads, T, config.head_dim)
 
     def zeros():
         if int8:

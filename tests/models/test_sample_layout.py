@@ -10,7 +10,7 @@ from models import Config, sample
 from models.draw import _bisect_floor, _truncate
 from models.layout import decode_weights
 from models.linear import quantize
-from models.sample import decode, prefill
+from models.sample import decode, extend, prefill
 
 BASE = Config(vocab_size=60, dim=16, layers=2, heads=4, kv_heads=2, head_dim=6, ffn_dim=24, init_std=0.4)
 
@@ -104,6 +104,36 @@ def test_truncation_keeps_ties_and_ignores_impossible_tokens():
     np.testing.assert_array_equal(kept, [[True, True, False, False], [False, True, False, False]])
     kept = np.isfinite(_truncate(logits, jnp.float32(1.0), jnp.int32(0)))
     np.testing.assert_array_equal(kept, np.isfinite(logits))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_latent_cache_in_whole_lanes_is_the_cache(int8, monkeypatch):
+    """The form for TPUs, which has zeros behind every key."""
+    config = BASE.replace(
+        family="deepseek_v3", kv_heads=4, kv_lora=8, q_lora=10, rope_dim=2, value_dim=6, experts=4, top_k=2,
+        router_score="sigmoid", groups=1, top_groups=1, eos_ids=(),
+    )  # fmt: skip
+    weights = decode_weights(models.init(config, jax.random.key(0)), config)
+    tokens = np.random.default_rng(0).integers(0, 60, (2, 9), dtype=np.int32)
+
+    def conversation():
+        jax.clear_caches()  # the name that is patched below is no part of a program's key
+        session = prefill(weights, config, tokens, np.array([9, 5], np.int32), 32, int8=int8)
+        session = extend(weights, config, session, tokens[:, :4], np.array([4, 2], np.int32), 13)
+        logits = np.asarray(session.logits)
+        out, session = decode(weights, config, session, jax.random.key(0), np.full(2, 6, np.int32), temperature=0.0)
+        return logits, out, jax.tree.leaves(session.keys[0])[0]
+
+    plain = conversation()
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "platform", lambda: "tpu")
+        padded = conversation()
+    jax.clear_caches()
+    assert (plain[2].shape, padded[2].shape) == ((2, 1, 32, 10), (2, 1, 32, 128))
+    np.testing.assert_allclose(padded[0], plain[0], atol=1e-5)
+    np.testing.assert_array_equal(padded[1].tokens, plain[1].tokens)
+    np.testing.assert_allclose(padded[2][..., :10], plain[2], atol=1e-5)
+    assert not np.asarray(padded[2][..., 10:]).any()
 
 
 @pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}])
