@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxrec.data.qa import read_questions
 from jaxrec.tools.search import Passage, PassageStore, build_store, read_passages
-from jaxrec.tools.search.bm25 import BM25Search, BM25Settings, build_bm25
+from jaxrec.tools.search.bm25 import BM25Search, BM25Settings, build_bm25, tokenizer
 
 PLAIN = BM25Settings(stemmer="", stopwords="", titles=False)
 
@@ -144,15 +145,46 @@ def test_threads_share_an_index(texts, tmp_path):
     assert all(found[n] == wanted for n in range(4))
 
 
+def squad() -> Path:
+    """SQuAD's development set."""
+    file = os.environ.get("JAXREC_SQUAD")
+    return Path(file or pytest.fail("set JAXREC_SQUAD to SQuAD's dev-v1.1.json (this test needs it)"))
+
+
+@pytest.mark.real_data
+def test_squad_scores_and_order_are_the_formulas(tmp_path):
+    """60 questions over 2,067 paragraphs beside the formula in float64 over postings that are made here."""
+    settings = BM25Settings()
+    store = build_store(read_passages(squad(), "squad"), tmp_path / "store")
+    search = build_bm25(store, tmp_path / "bm25", settings)
+    split, postings, lengths = tokenizer(settings), {}, []
+    for row, passage in enumerate(store):
+        words = Counter(split(f"{passage.title}\n{passage.text}"))
+        lengths.append(words.total())
+        for word, count in words.items():
+            postings.setdefault(word, {})[row] = count
+    average = sum(lengths) / len(lengths)
+    questions = [q.text for q in read_questions(squad())][::177]
+    assert len(questions) == 60
+    for question, result in zip(questions, search.search(questions, 20), strict=True):
+        scores: Counter[int] = Counter()
+        for word in split(question):
+            found = postings.get(word, {})
+            idf = math.log(1 + (len(lengths) - len(found) + 0.5) / (len(found) + 0.5))
+            for row, tf in found.items():
+                weight = tf + settings.k1 * (1 - settings.b + settings.b * lengths[row] / average)
+                scores[row] += idf * tf * (settings.k1 + 1) / weight
+        wanted = sorted((-round(score, 9), store[row].id) for row, score in scores.items())[:20]
+        assert [p.id for p in result.passages] == [id for _, id in wanted]
+        np.testing.assert_allclose([p.score for p in result.passages], [-s for s, _ in wanted], rtol=2e-6)
+
+
 @pytest.mark.real_data
 def test_squad_questions_find_their_paragraphs(tmp_path, capsys):
     """10,570 questions of SQuAD's development set over its 2,067 paragraphs."""
-    file = os.environ.get("JAXREC_SQUAD")
-    if not file:
-        pytest.fail("set JAXREC_SQUAD to SQuAD's dev-v1.1.json (this test needs it)")
-    store = build_store(read_passages(file, "squad"), tmp_path / "store")
+    store = build_store(read_passages(squad(), "squad"), tmp_path / "store")
     search = build_bm25(store, tmp_path / "bm25")
-    data = json.loads(Path(file).read_text(encoding="utf-8"))["data"]
+    data = json.loads(squad().read_text(encoding="utf-8"))["data"]
     asked = [
         (question["question"], f"{a}.{p}")
         for a, article in enumerate(data)

@@ -1,6 +1,7 @@
 """Dense search beside numpy, on one device and on eight; builds that go on after a kill; what an index refuses."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrec.tools.search import Passage, PassageStore, build_store
+from jaxrec.tools.search import Passage, PassageStore, build_store, read_passages
 from jaxrec.tools.search import dense as module
 from jaxrec.tools.search.dense import DenseSearch, Embedder, build_dense, encoder_embedder
 from models.sharding import make_mesh
+from models.text_features import TextFeatures
 
 ENCODER = Path(__file__).resolve().parents[3] / "fixtures" / "encoder"
 
@@ -204,3 +206,38 @@ def test_an_encoder_folder(tmp_path):
     stored = np.load(tmp_path / "index" / "00000.npy")
     np.testing.assert_allclose(stored, embedder.embed([f"T {word} text" for word in "abcd"]), atol=1e-6)
     assert encoder_embedder(ENCODER, max_length=8).id != embedder.id
+
+
+@pytest.mark.real_data
+def test_squad_questions_by_hashed_words(tmp_path, capsys):
+    """500 of SQuAD's questions over its 2,067 paragraphs, vectors without a neural encoder: the order is that of exact
+    inner products, and recall is what overlap of words gives. It says nothing about a trained encoder."""
+    file = Path(os.environ.get("JAXREC_SQUAD") or pytest.fail("set JAXREC_SQUAD to dev-v1.1.json (this test needs it)"))
+    store = build_store(read_passages(file, "squad"), tmp_path / "store")
+    texts = [f"{p.title} {p.text}" for p in store]
+    features = TextFeatures.fit(texts, 1024)
+    embedder = Embedder("hashed words, 1024", features.encode)
+    build_dense(store, tmp_path / "dense", embedder)
+    search = DenseSearch(store, tmp_path / "dense", embedder)
+    asked = [
+        (question["question"], f"{a}.{p}")
+        for a, article in enumerate(json.loads(file.read_text(encoding="utf-8"))["data"])
+        for p, paragraph in enumerate(article["paragraphs"])
+        for question in paragraph["qas"]
+    ][::21][:500]
+    results = search.search([question for question, _ in asked], 20)
+    exact = features.encode([q for q, _ in asked]).astype(np.float64) @ features.encode(texts).astype(np.float64).T
+    ids = [p.id for p in store]
+    for scores, result in zip(exact, results, strict=True):
+        best = np.argsort(-scores)[:20]
+        np.testing.assert_allclose([p.score for p in result.passages], scores[best], atol=2e-6)
+        assert len({ids[row] for row in best} ^ {p.id for p in result.passages}) <= 2  # near ties at the cut
+    found = [[p.id for p in r.passages] for r in results]
+    recall = {k: np.mean([gold in ids[:k] for ids, (_, gold) in zip(found, asked)]) for k in (1, 5, 20)}
+    with capsys.disabled():
+        print(
+            "\nhashed words on SQuAD dev, recall of the paragraph:", {k: round(float(r), 4) for k, r in recall.items()}
+        )
+    assert recall[1] > 0.55
+    assert recall[5] > 0.75
+    assert recall[20] > 0.87
