@@ -34,6 +34,7 @@ def write_rollouts(
 ) -> Written:
     """Let the teacher play every question ``copies`` times, all conversations side by side, one request per turn.
 
+    The teacher reads the prompt without the policy's chat template, whose control tokens are none of its own.
     Copies differ by the seed of their requests. A conversation in which the teacher does not answer is left out and
     counted: half a rollout would teach to stop half way.
     """
@@ -43,7 +44,8 @@ def write_rollouts(
         requests = []
         for i in running:
             own = dataclasses.replace(sampling, seed=(sampling.seed or 0) + i % copies, stop=(env.style.query_close,))
-            requests.append(ask_text("author", states[i].prompt + states[i].text, sampling=own))
+            prompt = env.prompt(states[i].example.question, plain=True)
+            requests.append(ask_text("author", prompt + states[i].text, sampling=own))
         answers, going = teacher.ask(requests), []
         for i, answer in zip(running, answers, strict=True):
             if isinstance(answer, Failure):

@@ -216,11 +216,12 @@ class SearchEnv:
         """Hash of the prompt without its question, to store with data and checkpoints."""
         return hashlib.sha256(self.prompt("").encode()).hexdigest()[:16]
 
-    def prompt(self, question: str) -> str:
-        """The prompt for a question; where the style opens a think tag, generation starts inside it."""
+    def prompt(self, question: str, plain: bool = False) -> str:
+        """The prompt for a question; where the style opens a think tag, generation starts inside it. plain: without
+        ``chat``, for another model than the one that the template is of."""
         if self.options.short:
             text = f"Question: {question}\nAnswer:"
-        elif self.chat is None:
+        elif self.chat is None or plain:
             text = f"{self._instructions}\n\nQuestion: {question}\nAnswer:"
         elif self.style.internal_open:
             text = self.chat([{"role": "system", "content": self._instructions}, {"role": "user", "content": question}])

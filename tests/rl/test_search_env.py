@@ -245,6 +245,8 @@ def test_prompts():
     assert env(chat=chat)[0].prompt("Who?") == "<chat>"
     env(SIMPLE_DEEP_SEARCHER, DEEP_SEARCHER_OPTIONS, chat=chat)[0].prompt("Who?")
     assert [[m["role"] for m in messages] for messages in shown] == [["system", "user"], ["user"]]
+    assert env(chat=chat)[0].prompt("Who?", plain=True) == text  # for a model that the template is not of
+    assert len(shown) == 2
 
 
 def test_bad_input():
