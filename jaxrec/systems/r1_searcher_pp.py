@@ -124,6 +124,7 @@ def cold_start(this: Run) -> None:
         return
     model = this.load(this.base)
     env, reward = this.env(model.tokenizer, k=this.config.env.k), this.reward()
+    this.check_prompts(model.tokenizer, env, [*this.task.cold, *this.task.train, *this.task.test])
     questions = [asked(q) for q in this.task.cold]
     if c.author == "self":
         states, failed = [state for state, _, _ in this.sample(model, env, questions, c.samples)], {}
@@ -139,7 +140,10 @@ def cold_start(this: Run) -> None:
 
     kept, dropped = select_rollouts(states, keep, c.per_question)
     if not kept:
-        raise ValueError(f"cold_start: no rollout of {len(states)} can be learned from: {dropped | failed}")
+        raise ValueError(
+            f"cold_start: no rollout of {len(states)} can be learned from; dropped: {dropped}; not written by the "
+            f"teacher: {failed}"
+        )
     judging.write_selection(this.folder, states, kept, dropped, failed)
     rows, long = encode_rows(
         [(s.prompt, s.segments) for s in kept], model.tokenizer, model.config.eos_ids[0], this.config.rollout.max_total

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 
 import models
+from jaxrec.chat import has_template
 from jaxrec.config import UsageError
+from jaxrec.data import qa
 from jaxrec.systems import world_lm
 from jaxrec.systems.model_run import ModelRun
 from jaxrec.tools import search_task
@@ -28,13 +30,19 @@ class SearchRun(ModelRun):
         """As :meth:`ModelRun.load`. Raises ValueError for a tokenizer that does not give the style's tags back."""
         model = super().load(path)
         check_round_trip(find_style(self.config.env.style), model.tokenizer)
+        if (most := self.config.rollout.max_total) > model.config.max_len:
+            raise UsageError(f"rollout.max_total={most} is more than the context of {path}, {model.config.max_len}")
         return model
 
     @functools.cached_property
     def task(self) -> SearchTask:
         c, folder = self.config, self.folder / "index"
         if c.data.source == "files":
-            return search_task.file_task(c.data, self.seed, folder)
+            task = search_task.file_task(c.data, self.seed, folder)
+            most = max(c.env.k, c.env.test_k)
+            if most > (size := getattr(task.backend, "size", most)):
+                raise UsageError(f"env.k and env.test_k ask for {most} passages; {c.data.corpus} holds {size}")
+            return task
         texts = world_lm.make_texts(world_lm.base_config(c.model.base, self.seed))
         facts = [fact for known in texts.subjects.values() for fact in known]
         try:
@@ -52,8 +60,19 @@ class SearchRun(ModelRun):
         None does without."""
         e = self.config.env
         most = e.max_searches if max_searches is None else max_searches
-        chat = None if e.short or tokenizer is None or not tokenizer.chat_template else tokenizer.chat
+        chat = tokenizer.chat if not e.short and tokenizer is not None and has_template(tokenizer) else None
         return self.task.env(find_style(e.style), self.options(k, most, on_error), chat)
+
+    def check_prompts(self, tokenizer: Any, env: SearchEnv, questions: Sequence[qa.Question]) -> None:
+        """Raise UsageError for a question whose prompt is longer than ``rollout.max_prompt``, before hours of training
+        end at it."""
+        most = self.config.rollout.max_prompt
+        for question in questions:
+            if (length := len(tokenizer.encode(env.prompt(question.text)))) > most:
+                raise UsageError(
+                    f"the prompt of question {question.id!r} has {length} tokens, more than rollout.max_prompt={most}: "
+                    "raise it, or leave the question out of its file"
+                )
 
     def rollout_config(self, temperature: float = 1.0) -> RolloutConfig:
         r = self.config.rollout

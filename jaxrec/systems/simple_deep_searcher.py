@@ -187,9 +187,11 @@ def synthesize(this: Run) -> None:
     target = this.folder / "synthesize.json"
     if target.exists():
         return
-    questions, annotated, sampled = sampled_questions(this)
     model = None if this.config.env.short else this.model("base")  # a prompt in full is the base model's template
     env, copies = this.env(model and model.tokenizer, k=this.config.env.k), this.config.synthesize.samples
+    if model is not None:
+        this.check_prompts(model.tokenizer, env, [*this.task.train, *this.task.test])
+    questions, annotated, sampled = sampled_questions(this)
     asked = [search_task.asked(q) for q in questions]
     written = authors.write_rollouts(env, asked, this.teacher, this.asking, copies)
     answers = {q.id: q.answers for q in questions}

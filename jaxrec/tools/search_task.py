@@ -6,13 +6,14 @@ Of the embedded world, or of the user's files: questions in a field's format, pa
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxrec.config import UsageError
+from jaxrec.config import UsageError, write_atomic
 from jaxrec.data import qa
 from jaxrec.tools.search import Passage, ResultCache, SearchTool, build_store, read_passages
 from jaxrec.tools.search.corpus import FORMATS, PassageStore
@@ -105,7 +106,21 @@ def file_task(data: Any, seed: int, folder: Path) -> SearchTask:
     if not data.corpus:
         raise UsageError("data.source=files needs data.corpus, a file of passages")
     form = data.get("corpus_format", "jsonl")
-    return SearchTask(*(parts[n] for n in SPLITS), _bm25(folder, lambda: read_passages(data.corpus, form)))
+    return SearchTask(*(parts[n] for n in SPLITS), _file_bm25(folder, Path(data.corpus), form))
+
+
+def _file_bm25(folder: Path, corpus: Path, form: str) -> Any:
+    """The BM25 index of a file. Its path may change between runs, its passages may not: raises UsageError where the
+    folder's index was built of a file of another format or number of bytes."""
+    facts, kept = {"format": form, "bytes": corpus.stat().st_size}, folder / "corpus.json"
+    if kept.exists() and (built := json.loads(kept.read_text(encoding="utf-8"))) != facts:
+        raise UsageError(
+            f"{folder} was built of passages in the form {built['format']}, {built['bytes']} bytes; {corpus} is "
+            f"{form}, {facts['bytes']} bytes: remove that folder, or choose another --workdir"
+        )
+    found = _bm25(folder, lambda: read_passages(corpus, form))
+    write_atomic(kept, json.dumps(facts) + "\n")
+    return found
 
 
 def web_tool(data: Any, path: Path | None) -> SearchTool | WebSearch:

@@ -202,8 +202,8 @@ def files(tmp_path, *flags, corpus=True):
     rows = [{"id": f"q{i}", "question": f"Who won race {i}?", "answer": ["Ann"]} for i in range(4)]
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    passage = json.dumps({"id": "1", "title": "Race", "text": "Ann won race 1."})
-    (tmp_path / "corpus.jsonl").write_text(passage + "\n", encoding="utf-8")
+    passages = [{"id": "1", "title": "Race", "text": "Ann won race 1."}, {"id": "2", "title": "Sea", "text": "Blue."}]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages), encoding="utf-8")
     named = {name: f"{tmp_path}/{name}.jsonl" for name in ("train", "test", *(["corpus"] if corpus else []))}
     found = [f"--config.data.{name}={path}" for name, path in named.items()]
     found += ["--config.data.source=files", f"--config.model.path={tmp_path}", *(f"--config.{flag}" for flag in flags)]
