@@ -51,8 +51,9 @@ def contained(question: Question, rollout: Rollout) -> dict[str, bool]:
 def score_question(
     question: Question, rollout: Rollout, protocol: Protocol, reply: str | None = None
 ) -> dict[str, Any]:
-    """The row of a question: its scores, both cover forms by words, searches, words and reflections of the policy, why
-    the rollout ended, and the judge's reply, None where it was not asked."""
+    """The row of a question: its scores, both cover forms by words, the searches that were made ("searches") and how
+    many of these the tool failed to answer ("failed_searches"), words and reflections of the policy, why the rollout
+    ended, and the judge's reply, None where it was not asked."""
     said = rollout.prediction
     cover = lambda form: cover_em(said, question.answers, form, protocol.normalization)  # noqa: E731
     return {
@@ -149,8 +150,9 @@ def judge_score(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def summarize(rows: Sequence[Row], protocol: Protocol) -> dict[str, Any]:
-    """Means over all questions, with 95 % bootstrap intervals of em, cover, f1; searches ("rc": executed calls a
-    question) over all, right and wrong ones, right being cover = 1; None for a mean over nothing."""
+    """Means over all questions, with 95 % bootstrap intervals of em, cover, f1; searches ("rc": calls made a
+    question, failed ones included) over all, right and wrong ones, right being cover = 1; None for a mean over nothing;
+    "failed_searches": how many calls failed in all."""
     if not rows:
         raise ValueError("no rows to summarise")
     right = [row for row in rows if row["cover"] == 1]

@@ -6,7 +6,7 @@ begins inside the tag of known facts, and it may not search.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxrec.data.qa import Question
 from jaxrec.evaluate import questions as judged
 from jaxrec.evaluate.answers import Protocol, cover_em
 from jaxrec.evaluate.ranking import paired_interval
+from jaxrec.progress import progress
 from jaxrec.tools.rollouts import Rollout, from_state
 from jaxrec.tools.search_task import asked
 from jaxrec.world.encyclopaedia import Fact
@@ -114,6 +115,18 @@ def closed_book(this: Any, model: Any, facts: Sequence[Fact]) -> np.ndarray:
     return np.array([cover_em(text, fact.object, "run", "r1_searcher") for text, fact in zip(told, facts)])
 
 
+def _up_to(step: Callable[..., None]) -> Callable[[int], None]:
+    """A function to call with the number of pieces done so far, made of one that takes the number of new ones."""
+    done = 0
+
+    def onward(count: int) -> None:
+        nonlocal done
+        step(count - done)
+        done = count
+
+    return onward
+
+
 def evaluate_seed(this: Any, names: Sequence[str], protocol: Protocol) -> SeedResult:
     """Rows of every model, kept in ``questions/<name>.jsonl``, and its probes (of the embedded world, where the style
     has a tag for recall)."""
@@ -131,7 +144,10 @@ def evaluate_seed(this: Any, names: Sequence[str], protocol: Protocol) -> SeedRe
 
         size = this.config.evaluate.batch_size
         path = this.folder / "questions" / f"{name}.jsonl"
-        rows[name] = judged.evaluate_questions(this.task.test, play, path, protocol, batch_size=size)
+        with progress(len(this.task.test), f"evaluate: {name}") as step:
+            rows[name] = judged.evaluate_questions(
+                this.task.test, play, path, protocol, batch_size=size, progress=_up_to(step)
+            )
         probes[name] = {kind: closed_book(this, model, part) for kind, part in facts.items() if part}
     return SeedResult(rows, probes)
 
@@ -156,11 +172,13 @@ def pool(config: Any, results: Sequence[SeedResult], workdir: Path, plan: Plan) 
 
 
 def _means(results: Sequence[SeedResult], name: str, plan: Plan) -> dict[str, Any]:
-    """A model's figures: metrics, searches, how often a right answer stands in what it wrote, found and read, all of
-    them by kind of question, and its probes."""
+    """A model's figures: metrics, searches a question (all that were made, and those of them that the tool failed to
+    answer), how often a right answer stands in what it wrote, found and read, all of them by kind of question, and its
+    probes."""
     every = [row for r in results for row in r.rows[name]]
     entry = {"name": plan.names[name], **{k: float(np.mean([row[k] for row in every])) for k in judged.METRICS}}
-    entry["searches"] = float(np.mean([row["searches"] for row in every]))
+    for key, field in (("searches", "searches"), ("searches that failed", "failed_searches")):
+        entry[key] = float(np.mean([row[field] for row in every]))
     for stage in judged.STAGES:
         entry[f"answer in {stage}"] = float(np.mean([row["contained"][stage] for row in every]))
     for kind in sorted({row["kind"] for row in every} - {""}):

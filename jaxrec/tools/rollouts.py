@@ -28,9 +28,9 @@ class Search:
 @dataclasses.dataclass(frozen=True)
 class Rollout:
     """What followed a prompt. id: of the question. segments: (author, text) in order; "tool" wrote results and notices.
-    searches: executed ones only; notices that no more are allowed, or that a query was asked before, are none.
-    reason: why it ended. metrics: see :func:`scored`. output: the raw text, where it is known apart from the segments.
-    answer: the prediction, where tags other than a box mark it.
+    searches: all that were made, failed ones included; notices that no more are allowed, or that a query was asked
+    before, are none. reason: why it ended. metrics: see :func:`scored`. output: the raw text, where it is known apart
+    from the segments. answer: the prediction, where tags other than a box mark it.
 
     Raises ValueError for no segment by the policy, an unknown author, and segments that do not give ``output`` byte for
     byte.
