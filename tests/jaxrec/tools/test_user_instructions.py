@@ -9,6 +9,7 @@ import pytest
 import models
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue, Instance, Turn
 from jaxrec.data.item_catalogue import ItemCatalogue
+from jaxrec.data.pipeline import batches
 from jaxrec.tools.conversation import Criticise
 from jaxrec.tools.simulated_user import ModelUser, UserConfig
 from jaxrec.tools.teacher import Failure, Reply, Sampling, ScriptedTeacher
@@ -26,9 +27,9 @@ from jaxrec.tools.user_instructions import (
     scoring_rows,
 )
 from jaxrec.tools.user_prompts import UserPrompts
-from rl.finetune import SFTConfig, sft_loss
-from rl.optimizer import OptimizerConfig
-from tests.jaxrec.tools.user_world import CATALOGUE, DIALOGUES, TITLES, prompts, tiny_model
+from rl.finetune import SFTConfig, sft, sft_loss
+from rl.optimizer import OptimizerConfig, init_state
+from tests.jaxrec.tools.user_world import CATALOGUE, DIALOGUES, TITLES, prompts, talk, tiny_model
 
 NAMED = Dialogue("n", (Turn(USER, "I want something like Red Lantern", (4,)), Turn(SYSTEM, "What about drama")))
 INSTANCES = [Instance(DIALOGUES[0], (0, 1)), Instance(NAMED, (2,)), Instance(DIALOGUES[1], (3,))]
@@ -218,3 +219,33 @@ def test_rows_that_are_too_long_are_counted_or_refused():
         encode_instructions(rows, words, 1, 40, "error")
     with pytest.raises(ValueError, match="too_long='cut' must be one of drop, error"):
         encode_instructions(rows, words, 1, 40, "cut")
+
+
+def test_training_tells_labels_of_held_out_dialogues_from_other_items():
+    """The wish is a genre; an area under the curve of 1/2 is chance, and 1 cannot be: every item has one like it."""
+
+    def wishes(count: int, seed: int) -> list[Instance]:
+        rng = np.random.default_rng(seed)
+        out = []
+        for number in range(count):
+            item = int(rng.integers(len(CATALOGUE)))
+            words = rng.permutation(["something", "more", "please", "about", "want"])[:3].tolist()
+            words.insert(int(rng.integers(4)), CATALOGUE.attributes[item]["genre"][0])
+            out.append(Instance(talk(number, " ".join(["I", *words])), (item,)))
+        return out
+
+    def area(model) -> float:
+        test, rng = wishes(100, 1), np.random.default_rng(2)
+        others = [(i.labels[0] + int(rng.integers(1, len(CATALOGUE)))) % len(CATALOGUE) for i in test]
+        items = [(i.labels[0], other) for i, other in zip(test, others, strict=True)]
+        yes, no = np.array(ModelUser(model, mine).score([i.dialogue for i in test], items)).T
+        return float(np.mean((yes[:, None] > no) + 0.5 * (yes[:, None] == no)))
+
+    model, mine = tiny_model(dim=32, ffn_dim=64), prompts()
+    train = scoring_rows(wishes(600, 0), [()] * 600, mine, np.random.default_rng(0))
+    arrays, _ = encode_instructions(train.rows, model.tokenizer, model.config.eos_ids[0], 64)
+    before = area(model)
+    config = SFTConfig(OptimizerConfig(lr=5e-3, schedule="cosine", warmup_steps=10, horizon_steps=121))
+    state = init_state(model.params, config.optimizer, 0)
+    state = sft(config, model.config, state, batches(arrays, 32, 0), 120)
+    assert area(model.replace(params=state.params)) > max(before + 0.15, 0.75)
