@@ -104,7 +104,8 @@ def _base() -> ConfigDict:
     c.rl.steps = 0  # 0 leaves it out
     c.rl.reward = "score"  # of the simulated user; or hit, of the hidden item
     c.rl.rounds = 2  # lists of a conversation
-    c.rl.cold_steps = 150  # supervised steps on queries about the last thing that was said
+    c.rl.cold_steps = 150  # supervised steps on queries of what was said last, and of what was said before ...
+    c.rl.cold_recall = 0.3  # ... each turn of it with this probability, whatever it says
     c.rl.cold_lr = 2e-3
     c.rl.group_size = 8
     c.rl.prompts_per_step = 16
@@ -115,7 +116,7 @@ def _base() -> ConfigDict:
     c.rl.warmup = 4
     c.rl.b2 = 0.99
     c.rl.max_prompt = 96  # tokens
-    c.rl.max_total = 512  # tokens, prompt and conversation
+    c.rl.max_total = 240  # tokens, prompt and conversation
     c.rl.max_new = 16  # tokens of a query
     c.rl.save_every = 20
     c.rl.max_env_errors = 0.05  # share of a step's rows whose user may fail; they are left out and counted

@@ -1,9 +1,10 @@
 """A recommender that writes queries, trained by reinforcement learning against a simulated user.
 
 The policy reads a dialogue and writes a query, a search answers it with a list, the simulated user scores and
-criticises the list, and the policy writes the next query. It starts from supervised traces of a heuristic that only
-looks at what was said last. The reward may be the user's score, which is a model's opinion, or whether a list holds the
-hidden item; both are measured, to see whether the policy learned to please the one at the other's cost.
+criticises the list, and the policy writes the next query. It starts from supervised traces of a heuristic that repeats
+what was said last and, by chance, some of what was said before. The reward may be the user's score, which is a model's
+opinion, or whether a list holds the hidden item; both are measured, to see whether the policy learned to please the one
+at the other's cost.
 """
 
 import re
@@ -16,7 +17,7 @@ import numpy as np
 
 import models
 from jaxrec.config import UsageError
-from jaxrec.data.dialogues import USER, Dialogue
+from jaxrec.data.dialogues import USER
 from jaxrec.data.item_catalogue import ItemCatalogue
 from jaxrec.data.pipeline import batches
 from jaxrec.tools.conversation import User
@@ -27,7 +28,7 @@ from jaxrec.tools.talk_task import item_search
 from models.sharding import use_mesh
 from rl.checkpoint import Checkpointer
 from rl.envs.base import Action
-from rl.envs.user import State, UserEnv
+from rl.envs.user import State, Talk, UserEnv
 from rl.metrics import MetricsWriter
 from rl.optimizer import OptimizerConfig, init_state
 from rl.policy import GRPOConfig
@@ -53,6 +54,8 @@ def check_rl(config: Any) -> None:
             f"rl.max_total={r.max_total} must leave room behind rl.max_prompt={r.max_prompt}, and rl.max_new and "
             "rl.rounds must be at least 1"
         )
+    if not 0 <= r.cold_recall <= 1:
+        raise UsageError(f"rl.cold_recall={r.cold_recall} must lie between 0 and 1")
     policy_config(config, 0)
 
 
@@ -89,24 +92,24 @@ def keywords(text: str, known: frozenset[str]) -> list[str]:
     return list(dict.fromkeys(word for clause in clauses for word in _WORD.findall(clause) if word.lower() in known))
 
 
-def last_words(dialogue: Dialogue, known: frozenset[str]) -> str:
-    """A query of the latest turn of the user that says a word of the catalogue; "anything" where none does."""
-    for turn in reversed(dialogue.turns):
-        if turn.role == USER and (words := keywords(turn.text, known)):
-            return " ".join(words)
-    return "anything"
+def drawn_query(state: State, known: frozenset[str], recall: float, rng: np.random.Generator) -> str:
+    """Words of the catalogue that the user said last, in the critique or the dialogue, and before them those of each
+    other turn with probability ``recall``; "anything" where there are none."""
+    turns = [turn.text for turn in state.example.dialogue.turns if turn.role == USER]
+    *before, last = [words for text in (*turns, state.critique) if (words := keywords(text, known))] or [[]]
+    chosen = [words for words, draw in zip(before, rng.random(len(before)), strict=True) if draw < recall]
+    return " ".join(dict.fromkeys(word for words in (*chosen, last) for word in words)) or "anything"
 
 
-def traces(env: UserEnv, dialogues: Sequence[Any], known: frozenset[str]) -> list[State]:
-    """Conversations in which every query holds the last words that the user said: in the dialogue, then in each
-    critique."""
-    states, _ = env.reset(dialogues)
+def traces(
+    env: UserEnv, examples: Sequence[Talk], known: frozenset[str], recall: float, rng: np.random.Generator
+) -> list[State]:
+    """Conversations in which a heuristic writes the queries (:func:`drawn_query`)."""
+    states, _ = env.reset(examples)
     running = states
     while running:
-        words = [
-            " ".join(keywords(s.critique, known)) or last_words(s.example.dialogue, known) for s in running
-        ]  # fmt: skip
-        step = env.step(running, [Action(f" {query}\n", "\n") for query in words])
+        actions = [Action(f" {drawn_query(state, known, recall, rng)}\n", "\n") for state in running]
+        step = env.step(running, actions)
         running = [state for state, text in zip(running, step.observations, strict=True) if text is not None]
     return states
 
@@ -116,7 +119,8 @@ def cold_start(this: Any, env: UserEnv) -> None:
     if (this.checkpoint(COLD) / "model").exists():
         return
     model, r = this.load(this.base), this.config.rl
-    states = traces(env, talks(this.task.parts["train"]), catalogue_words(this.task.catalogue))
+    rng, known = np.random.Generator(np.random.PCG64([this.seed, 41])), catalogue_words(this.task.catalogue)
+    states = traces(env, talks(this.task.parts["train"]), known, r.cold_recall, rng)
     whole = [s for s in states if not s.failure]
     rows, long = encode_rows(
         [(s.prompt, s.segments) for s in whole], model.tokenizer, model.config.eos_ids[0], r.max_total

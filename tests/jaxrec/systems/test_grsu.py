@@ -96,15 +96,18 @@ def test_keywords_leave_out_what_is_not_wanted():
     assert recommender_rl.keywords("It isn't about the ocean", known) == []
 
 
-def test_traces_ask_for_what_was_said_last(this):
+@pytest.mark.parametrize("recall", [0.0, 1.0])
+def test_traces_ask_for_what_was_said_last_and_what_is_recalled(this, recall):
     model = this.load(this.base)
     env = recommender_rl.environment(this, this.user("sft"), model.tokenizer)
     known = recommender_rl.catalogue_words(this.task.catalogue)
-    states = recommender_rl.traces(env, talks(this.task.parts["train"][:4]), known)
+    rng = np.random.default_rng(0)
+    states = recommender_rl.traces(env, talks(this.task.parts["train"][:4]), known, recall, rng)
     for state in states:
-        said = [text for author, text in state.segments if author == "policy"]
-        last = [turn.text for turn in state.example.dialogue.turns if turn.role == "user"][-1]
-        assert said[0].strip().split() == recommender_rl.keywords(last, known)
+        first = next(text for author, text in state.segments if author == "policy")
+        said = [turn.text for turn in state.example.dialogue.turns if turn.role == "user"]
+        words = [word for text in said for word in recommender_rl.keywords(text, known)]
+        assert first.strip().split() == (list(dict.fromkeys(words)) if recall else words[-1:])
         assert all(len(set(items)) == 3 for items in state.lists)
 
 
