@@ -73,7 +73,7 @@ def _base() -> ConfigDict:
 
     c.sft = ConfigDict()
     c.sft.length = 256  # tokens
-    c.sft.steps = 500
+    c.sft.steps = 700
     c.sft.batch_size = 32
     c.sft.micro_batches = 1
     c.sft.lr = 2e-3
