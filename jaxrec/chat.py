@@ -5,18 +5,18 @@ from collections.abc import Mapping, Sequence
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def chat_prompt(tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
-    """The text that asks a model for the next message. messages: {"role", "content"} each.
+def chat_ids(tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The tokens that ask a model for the next message. messages: {"role", "content"} each.
 
-    A tokenizer without a chat template gets the contents alone, a blank line apart. Raises ValueError for a
-    conversation that the template refuses.
+    A tokenizer without a chat template gets the contents alone, a blank line apart. What spells a control token inside
+    a content is plain text. Raises ValueError for a conversation that the template refuses.
     """
     if not has_template(tokenizer):
-        return "\n\n".join(message["content"] for message in messages)
+        return tokenizer.encode("\n\n".join(message["content"] for message in messages), specials=False)
     from jinja2.exceptions import TemplateError
 
     try:
-        return tokenizer.chat([dict(message) for message in messages])
+        return tokenizer.encode_chat([dict(message) for message in messages])
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses these messages: {error}") from error
 

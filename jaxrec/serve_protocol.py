@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxrec.chat import ROLES, chat_prompt
+from jaxrec.chat import ROLES, chat_ids
 from jaxrec.config import nearest
 from jaxrec.serve_engine import TOP, Engine, Job, Part, Token
 
@@ -203,7 +203,7 @@ def read(body: Any, chat: bool, engine: Engine, name: str) -> Asked:
 
 def _chat_ids(messages: list[dict[str, str]], engine: Engine) -> list[int]:
     try:
-        return engine.tokenizer.encode(chat_prompt(engine.tokenizer, messages))
+        return chat_ids(engine.tokenizer, messages)
     except ValueError as error:
         raise Refused(400, str(error), "messages", "invalid_value") from error
 

@@ -4,7 +4,10 @@ Text goes in and comes out exactly as it is: nothing is added in front or behind
 of every id are available, so that stop strings and formats can be followed while sampling without decoding.
 """
 
+import functools
 import json
+import re
+import secrets
 import shutil
 import string
 from collections.abc import Iterable, Sequence
@@ -131,6 +134,23 @@ class FastTokenizer:
             list(messages), tokenize=False, **{"add_generation_prompt": True, **options}
         )
 
+    def encode_chat(self, messages: Sequence[dict[str, str]], **options) -> list[int]:
+        """Ids of :meth:`chat`'s text in which every control token is the template's own.
+
+        What spells one inside a message's content becomes its characters, as with transformers'
+        ``split_special_tokens``: no message can end its own turn or begin another's. The whole text is encoded at once,
+        so that nothing else changes. Raises ValueError as :meth:`chat` does.
+        """
+        names = self._other_names
+        if not any(names.found(message["content"]) for message in messages):
+            return self.encode(self.chat(messages, **options))
+        hidden = [{**message, "content": names.hide(message["content"])} for message in messages]
+        return names.encode(self.chat(hidden, **options))
+
+    @functools.cached_property
+    def _other_names(self) -> "_OtherNames":
+        return _OtherNames(self._backend)
+
     def save(self, path: str | Path) -> None:
         """Write the tokenizer's files into folder ``path`` (made if missing): loadable by ``AutoTokenizer``.
 
@@ -148,6 +168,54 @@ class FastTokenizer:
         self._backend.encode_special_tokens = False
         self._backend.save(str(path / "tokenizer.json"))
         (path / "tokenizer_config.json").write_text(json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
+
+
+class _OtherNames:
+    """A tokenizer whose control tokens go by names that nobody can guess, so that their own spellings are plain text.
+
+    A template's text is encoded with it once its control tokens are renamed. Those inside contents are hidden from that
+    behind words of digits, which templates pass on as they are, and come back afterwards.
+    """
+
+    def __init__(self, backend):
+        controls = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+        # The longest first: where one begins like another, that is the one a tokenizer reads.
+        controls.sort(key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, controls)) or "(?!)")
+        self._names = {control: secrets.token_hex(16) for control in controls}
+        # Digits, since a template may change the case.
+        self._hidden = {control: f"{secrets.randbits(128):039d}" for control in controls}
+        self._shown = {word: control for control, word in self._hidden.items()}
+        self._words = re.compile("|".join(self._shown) or "(?!)")
+        self._original = backend
+
+    def found(self, text: str) -> bool:
+        """Whether a control token is spelt in the text."""
+        return self._pattern.search(text) is not None
+
+    def hide(self, content: str) -> str:
+        """The content with words in the place of control tokens."""
+        return self._pattern.sub(lambda match: self._hidden[match[0]], content)
+
+    def encode(self, rendered: str) -> list[int]:
+        """Ids of a template's text of hidden contents, in the original tokenizer's numbers."""
+        text = self._pattern.sub(lambda match: self._names[match[0]], rendered)
+        text = self._words.sub(lambda match: self._shown[match[0]], text)
+        backend, numbers = self._renamed
+        return [numbers.get(index, index) for index in backend.encode(text, add_special_tokens=False).ids]
+
+    @functools.cached_property
+    def _renamed(self) -> tuple[Any, dict[int, int]]:
+        """The renamed tokenizer, and the original id of each added token in it: new names get new ids."""
+        whole = json.loads(self._original.to_str())
+        numbers = {}
+        for token in whole["added_tokens"]:
+            numbers[token["content"]] = token["id"]
+            if token["special"]:
+                token["content"] = self._names[token["content"]]
+        backend = type(self._original).from_str(json.dumps(whole))
+        named = {self._names.get(content, content): index for content, index in numbers.items()}
+        return backend, {backend.token_to_id(name): index for name, index in named.items()}
 
 
 def _bytes_of_token(decoder: dict[str, Any] | None):

@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from jaxrec.chat import chat_prompt
+from jaxrec.chat import chat_ids
 from jaxrec.progress import progress
 from jaxrec.serve_engine import Engine, Job, Part
 from jaxrec.tools.teacher.base import Answer, Done, Failure, Reply, Request, TokenLogprob, Usage
@@ -62,7 +62,7 @@ class LocalTeacher:
         sampling = request.sampling
         messages = [{"role": message.role, "content": message.content} for message in request.messages]
         return Job(
-            tuple(self._tokenizer.encode(chat_prompt(self._tokenizer, messages))), sampling.max_tokens, request.n,
+            tuple(chat_ids(self._tokenizer, messages)), sampling.max_tokens, request.n,
             sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed or 0, sampling.stop, sampling.logprobs,
         )  # fmt: skip
 
