@@ -121,7 +121,7 @@ class _Answers:
 
     def __init__(self, request, engine: Engine, asked: Asked):
         self._request, self.engine, self.asked = request, engine, asked
-        self._queue: asyncio.Queue[tuple[int, Part | Exception]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Part | Exception] | None] = asyncio.Queue()  # None: the client has gone
         self._loop = asyncio.get_running_loop()
         self._tickets: list[Ticket] = []
         self.gone = False
@@ -149,19 +149,18 @@ class _Answers:
     async def _hang_up(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
+        self._queue.put_nowait(None)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Part]]:
         left = sum(job.n for job in self.asked.jobs)
         gone = asyncio.ensure_future(self._hang_up())
         try:
             while left:
-                following = asyncio.ensure_future(self._queue.get())
-                await asyncio.wait({following, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not following.done():
-                    following.cancel()
+                following = await self._queue.get()
+                if following is None:
                     self.gone = True
                     return
-                number, item = following.result()
+                number, item = following
                 if isinstance(item, Exception):
                     raise item
                 left -= item.finish is not None

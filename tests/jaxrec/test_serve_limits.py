@@ -1,5 +1,6 @@
 """What a server refuses, what it survives, and how it ends."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -15,7 +16,7 @@ import openai
 import pytest
 
 import models
-from jaxrec import serve_engine
+from jaxrec import serve, serve_engine
 from jaxrec.serve_engine import Busy, Closed, Engine, Job
 from tests.jaxrec.served import PROMPTS, alone, complete, running, until, world_model
 
@@ -85,6 +86,35 @@ def test_a_client_that_does_not_wait_for_its_answer_frees_its_rows(url, engine, 
         until(lambda: engine.state()["active"] == 3)
     until(lambda: engine.state()["active"] == 0)
     assert engine.counts["abandoned"] == before + 3
+
+
+def test_a_stream_that_is_cut_leaves_no_task_behind(engine, held):
+    """The application alone, in a loop that can be looked into: a task that waits for ever would be kept for ever."""
+
+    async def hang_up() -> list[asyncio.Task]:
+        body = json.dumps({"model": "tiny", "prompt": " who", "max_tokens": 120, "stream": True}).encode()
+        waiting, begun = [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
+
+        async def receive():
+            if not waiting:
+                await begun.wait()
+            return waiting.pop() if waiting else {"type": "http.disconnect"}
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                begun.set()
+
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
+            "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "headers": [],
+        }  # fmt: skip
+        await serve.application(engine, "tiny")(scope, receive, send)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    assert asyncio.run(hang_up()) == []
+    until(lambda: engine.state()["active"] == 0)
 
 
 @pytest.mark.parametrize(
