@@ -62,6 +62,7 @@ mark{background:var(--mark);color:inherit;border-radius:.2rem;padding:0 .15em;fo
 .parts{display:flex;flex-wrap:wrap;gap:.3rem;font-size:.85rem;font-variant-numeric:tabular-nums}
 .parts span{border:1px solid var(--line);border-radius:.35rem;padding:.05rem .45rem;background:var(--bg)}
 .conf td{text-align:left;white-space:normal;overflow-wrap:anywhere;font-family:ui-monospace,monospace;font-size:.82rem}
+.given{margin:.3rem 0;padding-left:1.8rem}.given li{overflow-wrap:anywhere;font-size:.92rem}
 .forest{display:block;width:12rem;height:1.3rem}
 @media (max-width:40rem){main{padding:1rem .7rem 3rem}h1{font-size:1.3rem}th,td{padding:.35rem .45rem}}
 """
@@ -95,6 +96,8 @@ def page(run: Run, plots: Sequence[Plot]) -> str:
             "the middle. The target is <mark>marked</mark>.</p>",
             *(_trajectory(row) for row in run.trajectories),
         ]
+    if isinstance(samples := (result or {}).get("samples"), list) and samples:
+        body += ["<h2>Samples</h2>", *(_sample(number, sample) for number, sample in enumerate(samples, 1))]
     body += ["<h2>Config</h2>", _config(run)]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -238,6 +241,33 @@ def _trajectory(row: Mapping[str, Any]) -> str:
         style, who = ("tool", "tool result") if by == "tool" else ("policy", f"model, turn {turn}")
         out.append(f'<div class="seg {style}"><span class="who">{who}</span>{_marked(text, target)}</div>')
     return "".join(out) + "</article>"
+
+
+def _sample(number: int, sample: Any) -> str:
+    """What a recipe shows of its work: fields of any names, holding texts, numbers, lists, and objects of the same."""
+    fields = sample if isinstance(sample, Mapping) else {"": sample}
+    parts = "".join(_field(str(name), value) for name, value in fields.items())
+    return (
+        f'<details{" open" * (number == 1)}><summary>Sample {number}</summary><div class="in">{parts}</div></details>'
+    )
+
+
+def _field(name: str, value: Any) -> str:
+    """A field under its name: a text as it stands, a list with numbers."""
+    if isinstance(value, list | tuple):
+        items = "".join(f"<li>{_value(part)}</li>" for part in value)
+        return f'<h3>{_text(name)}</h3><ol class="given">{items}</ol>' if items else ""
+    if value in ("", None):
+        return ""
+    return f'<div class="seg policy"><span class="who">{_text(name)}</span>{_value(value)}</div>'
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "".join(_field(str(name), part) for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return _field("", value)
+    return _marked(value if isinstance(value, str) else format_value("", value), "")
 
 
 def _config(run: Run) -> str:

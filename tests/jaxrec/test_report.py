@@ -45,6 +45,13 @@ def write_run(tmp_path: Path) -> Path:
             {"name": "b", "metric": "ndcg@10", "difference": -0.1, "low": -0.2, "high": 0.1, "criterion": "low > 0",
              "met": False},
         ],
+        "samples": [
+            {"dialogue": f"Seeker: {HOSTILE}\nمرحبا 🎬", "nothing": "", "none": None, "empty": [],
+             "rounds": [{"critique": "", "reward": 0.25, "items": [f"Heat {HOSTILE} 0.91", "Up 0.10"]},
+                        {"critique": "less crime", "reward": float("nan"), "items": ["It 0.50"]}],
+             HOSTILE: ["x" * 7000, 3]},
+            "a text alone",
+        ],
     }  # fmt: skip
     (tmp_path / "result.json").write_text(json.dumps(result))
     with (tmp_path / "trajectories.jsonl").open("w") as file:
@@ -136,6 +143,18 @@ def test_page_shows_what_matters(page_source: str):
         assert words in text  # fmt: skip
     assert "<mark>Tide &amp; &lt;b&gt;Rock&lt;/b&gt;</mark>" in page_source
     assert page_source.count('class="best"') == 2
+
+
+def test_page_shows_samples_of_any_form(page_source: str):
+    page = Page(page_source)
+    text = page.text
+    assert text.index("Samples") < text.index("Sample 1") < text.index("Sample 2") < text.index("a text alone")
+    assert text.index("Seeker: <script>alert('x')</script>") < text.index("مرحبا 🎬")
+    for words in ("critique", "less crime", "0.2500", " 0.91", "Up 0.10", "It 0.50", "1,000 more characters"):
+        assert words in text
+    assert "nothing" not in text
+    assert "empty" not in text
+    assert sum(tag == "ol" for tag, _ in page.tags) == 4  # rounds, their two lists, and the last field
 
 
 def test_plots_are_files_inside_the_folder(workdir: Path):
