@@ -9,10 +9,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue, Turn
-from jaxrec.data.item_catalogue import ItemCatalogue
+from jaxrec.data.item_catalogue import ItemCatalogue, shown_values
 from jaxrec.tools.conversation import Ask, Criticise, Recommender, Reply, User, seed_of
 from jaxrec.tools.search.base import one_line
 
+_CELL, _WHY = 160, 800  # characters of an attribute in a table, and where an item is told about
 HELP = (
     "Say what you look for. /critique lets the simulated user answer for you, /why N tells about item N, /quit (or an "
     "empty line) ends."
@@ -110,10 +111,9 @@ class _Talk:
             self._say(f"/why wants the number of an item, {there}.")
             return
         item, score = self.shown[int(number) - 1], self.scores[int(number) - 1]
-        title, *attributes = self.catalogue.text(item).split("\n")
-        self._say(title)
-        for line in attributes:
-            self._say(line, indent="  ")
+        self._say(self.catalogue.titles[item])
+        for name, values in known_values(self.catalogue, item, _WHY):
+            self._say(f"- {name}: {values}", indent="  ")
         better = sum(other > score for other in self.scores)
         self._say(
             "The simulated user could not score it." if math.isnan(score) else
@@ -136,11 +136,16 @@ def score_table(catalogue: ItemCatalogue, items: tuple[int, ...], scores: tuple[
     table.add_column("attributes")
     table.add_column("score", justify="right")
     for number, (item, score) in enumerate(zip(items, scores, strict=True), start=1):
-        known = catalogue.attributes[item]
-        values = "; ".join(f"{name}: {', '.join(known[name])}" for name in catalogue.order if known.get(name))
+        values = "; ".join(f"{name}: {text}" for name, text in known_values(catalogue, item, _CELL))
         written = "-" if math.isnan(score) else f"{score:.2f}"
         table.add_row(str(number), Text(one_line(catalogue.titles[item])), Text(one_line(values)), written)
     return table
+
+
+def known_values(catalogue: ItemCatalogue, item: int, most: int) -> list[tuple[str, str]]:
+    """(attribute, its values in at most so many characters) of what is known of an item, in the catalogue's order."""
+    known = catalogue.attributes[item]
+    return [(name, shown_values(known[name], most)) for name in catalogue.order if known.get(name)]
 
 
 def _mean(scores: tuple[float, ...]) -> str:

@@ -108,6 +108,27 @@ class ItemCatalogue:
         return "\n".join(f"{number}. {self.text(item)}" for number, item in enumerate(items, start=1))
 
 
+def shown_values(values: Sequence[str], most: int = 0, between: str = ", ") -> str:
+    """Values as one text. most: its characters, 0 for any number: the values that fit from the first one on, of a first
+    one that is longer its first words, and "..." for the rest.
+
+    >>> shown_values(["Al Pacino", "Val Kilmer", "Jon Voight"], 26)
+    'Al Pacino, Val Kilmer, ...'
+    >>> shown_values(["A thief and his hunter."], 15)
+    'A thief and...'
+    """
+    text, end = "", "..."
+    for number, value in enumerate(values):
+        longer = f"{text}{between}{value}" if number else value
+        if most and len(longer) > most - (number + 1 < len(values)) * len(between + end):
+            if number:
+                return f"{text}{between}{end}"
+            cut = value[: max(0, most - len(end))]
+            return (cut.rpartition(" ")[0] or cut).rstrip(" ,;.") + end
+        text = longer
+    return text
+
+
 def _values(title: str, name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [value]

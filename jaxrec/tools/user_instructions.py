@@ -174,7 +174,7 @@ def critique_rows(
         if shared := set(instance.labels) & set(items):
             titles = ", ".join(repr(prompts.catalogue.titles[item]) for item in sorted(shared))
             raise ValueError(f"instance {instance.dialogue.id}: its list to criticise holds its own label {titles}")
-    asking = UserPrompts(prompts.catalogue, "full", roles=prompts.roles)
+    asking = prompts.messages()
     sampling = sampling or Sampling(temperature=1.0, max_tokens=1024)
     requests = [
         ask_text("annotator", annotation_prompt(asking, instance, items), sampling=sampling)

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxrec.chat import chat_prompt, has_template
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue
-from jaxrec.data.item_catalogue import ItemCatalogue
+from jaxrec.data.item_catalogue import ItemCatalogue, shown_values
 from rl.envs.tags import neutralize
 
 STYLES = ("full", "short")
@@ -66,20 +66,26 @@ class UserPrompts:
     instruction, one line per turn and item, for a small model that has learned the protocol from examples. roles: how
     user and system are called. feedback: what the instruction of a critique asks for, "negative" or "regular" (without
     effect in style "short"). tokenizer: of the model that is asked; None for prompts that a teacher gets as messages.
-    decisions: how the two decisions are written, yes first, each one token of the tokenizer.
+    turns: latest ones of a dialogue that are shown; attribute_chars: characters of each attribute of an item, since
+    files list hundreds of actors (:func:`jaxrec.data.item_catalogue.shown_values`); 0 for all of either. decisions: how
+    the two decisions are written, yes first, each one token of the tokenizer.
 
     Text of dialogues and items is put on one line and its control tokens are broken up. Raises ValueError for an
-    unknown style or feedback, and for a tokenizer that has no token for "Yes" or "No".
+    unknown style or feedback, for negative numbers, and for a tokenizer that has no token for "Yes" or "No".
     """
 
     def __init__(
         self, catalogue: ItemCatalogue, style: str = "full", *, roles: tuple[str, str] = ("User", "System"),
-        feedback: str = "negative", tokenizer: Any = None,
+        feedback: str = "negative", tokenizer: Any = None, turns: int = 0, attribute_chars: int = 0,
     ):  # fmt: skip
+        for name, value in (("turns", turns), ("attribute_chars", attribute_chars)):
+            if value < 0:
+                raise ValueError(f"{name}={value} of a simulated user's prompts must be at least 1, or 0 for all")
         for name, value, allowed in (("style", style, STYLES), ("feedback", feedback, FEEDBACK)):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} of a simulated user's prompts must be one of {', '.join(allowed)}")
         self.catalogue, self.style, self.roles, self.tokenizer = catalogue, style, roles, tokenizer
+        self.turns, self.attribute_chars = turns, attribute_chars
         self._roles = dict(zip((USER, SYSTEM), roles, strict=True))
         self._tags = _MARKUP + (() if tokenizer is None else tokenizer.control_tokens())
         self.decisions = tuple(_decision(tokenizer, word) for word in ("Yes", "No"))
@@ -89,6 +95,12 @@ class UserPrompts:
         self._score, self._critique = _SCORE.format(**words), _CRITIQUE.format(**words)
         self._shown: dict[int, str] = {}
         self._prefix = functools.lru_cache(maxsize=1024)(self._render)
+
+    def messages(self) -> "UserPrompts":
+        """The same dialogues and items as a teacher gets them: in style "full", without a tokenizer."""
+        return UserPrompts(
+            self.catalogue, "full", roles=self.roles, turns=self.turns, attribute_chars=self.attribute_chars
+        )
 
     def score_prompt(self, dialogue: Dialogue, item: int) -> tuple[str, str, str]:
         """(what depends on the dialogue alone, the rest of the prompt, the reply up to its decision).
@@ -116,7 +128,8 @@ class UserPrompts:
     def _render(self, dialogue: Dialogue) -> str:
         if not dialogue.turns:
             raise ValueError(f"dialogue {dialogue.id}: at least one turn is needed to play its user")
-        turns = "\n".join(f"{self._roles[turn.role]}: {self.line(turn.text)}" for turn in dialogue.turns)
+        shown = dialogue.turns[-self.turns :]
+        turns = "\n".join(f"{self._roles[turn.role]}: {self.line(turn.text)}" for turn in shown)
         return turns if self.style == "short" else f"{self._before}## Conversation\n{turns}\n\n"
 
     def line(self, text: str) -> str:
@@ -138,12 +151,17 @@ class UserPrompts:
 
     def _full_item(self, item: int) -> str:
         known = self.catalogue.attributes[item]
-        values = ((name, self.line(", ".join(known[name]))) for name in self.catalogue.order if known.get(name))
+        values = (
+            (name, self.line(shown_values(known[name], self.attribute_chars)))
+            for name in self.catalogue.order if known.get(name)
+        )  # fmt: skip
         return "\n".join([self.line(self.catalogue.titles[item]), *(f"  - {name}: {value}" for name, value in values)])
 
     def _short_item(self, item: int) -> str:
         known = self.catalogue.attributes[item]
-        values = [value for name in self.catalogue.order for value in known.get(name, ())]
+        values = [
+            shown_values(known[name], self.attribute_chars, " ") for name in self.catalogue.order if known.get(name)
+        ]
         behind = f" - {' '.join(values)}" if values else ""
         return f"\nItem: {self.line(self.catalogue.titles[item] + behind)}"
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue
-from jaxrec.data.item_catalogue import ItemCatalogue
+from jaxrec.data.item_catalogue import ItemCatalogue, shown_values
 from jaxrec.tools.conversation import Ask
 from jaxrec.tools.teacher.schema import without_thinking
 from rl.envs.tags import neutralize
@@ -42,12 +42,16 @@ def one_line(text: str, tags: Sequence[str] = MARKUP) -> str:
 
 
 class RecommenderPrompts:
-    """Prompts of a pretrained model over one catalogue. what: the items, in the plural. Raises ValueError for a
-    catalogue of fewer than k items."""
+    """Prompts of a pretrained model over one catalogue. what: the items, in the plural. attribute_chars: characters of
+    each attribute of an item of a list, 0 for all (:func:`jaxrec.data.item_catalogue.shown_values`). Raises ValueError
+    for a catalogue of fewer than k items."""
 
-    def __init__(self, catalogue: ItemCatalogue, k: int, *, what: str = "items", roles: tuple[str, str] = ROLES):
+    def __init__(
+        self, catalogue: ItemCatalogue, k: int, *, what: str = "items", roles: tuple[str, str] = ROLES,
+        attribute_chars: int = 0,
+    ):  # fmt: skip
         check_k(k, catalogue)
-        self.catalogue, self.k, self.what = catalogue, k, what
+        self.catalogue, self.k, self.what, self._chars = catalogue, k, what, attribute_chars
         self._roles = dict(zip((USER, SYSTEM), roles, strict=True))
 
     def titles(self, ask: Ask) -> str:
@@ -80,7 +84,8 @@ class RecommenderPrompts:
 
     def _item(self, item: int) -> str:
         known = self.catalogue.attributes[item]
-        lines = [f"  - {name}: {one_line(', '.join(known[name]))}" for name in self.catalogue.order if known.get(name)]
+        values = ((name, shown_values(known[name], self._chars)) for name in self.catalogue.order if known.get(name))
+        lines = [f"  - {name}: {one_line(text)}" for name, text in values]
         return "\n".join([one_line(self.catalogue.titles[item]), *lines])
 
 
