@@ -63,6 +63,8 @@ def _base() -> ConfigDict:
     c.prompts = ConfigDict()
     c.prompts.style = "short"  # for a small model that learned the protocol from examples; full instructs a chat model
     c.prompts.feedback = "negative"  # full: or regular
+    c.prompts.turns = 0  # latest ones of a dialogue that the simulated user sees; 0: all
+    c.prompts.attribute_chars = 400  # of each attribute of an item (a plot, its actors), the rest is "..."; 0: all
 
     c.synthesize = ConfigDict()  # instruction data
     c.synthesize.hard = 0.5  # share of items to decline that the recommender proposed in that dialogue, in any round
@@ -115,6 +117,7 @@ def _base() -> ConfigDict:
     c.rl.lr = 2e-4
     c.rl.warmup = 4
     c.rl.b2 = 0.99
+    c.rl.turns = 0  # latest ones of a dialogue that the recommender reads; 0: all
     c.rl.max_prompt = 96  # tokens
     c.rl.max_total = 240  # tokens, prompt and conversation
     c.rl.max_new = 16  # tokens of a query
@@ -153,6 +156,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.synthesize.update({"rounds": 1, "scores": 1})
         c.sft.update({"length": 3072, "steps": 500, "batch_size": 32, "micro_batches": 8, "lr": 1e-6, "warmup": 50})
         c.search.update({"max_new": 256, "batch": 4})
+        c.rl.update({"max_prompt": 1536, "max_total": 3072, "max_new": 48, "lr": 1e-6, "cold_lr": 1e-5, "turns": 8})
     if variant == "paper":
         c.data.update({"train_dialogues": 0, "test_dialogues": 0})
         c.recommender.kind = "prompted"

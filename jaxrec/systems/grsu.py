@@ -26,7 +26,7 @@ from jaxrec.evaluate import grsu as judging
 from jaxrec.evaluate.conversation import arms
 from jaxrec.systems import by_seed, world_lm
 from jaxrec.systems.model_run import ModelRun
-from jaxrec.systems.recommender_rl import check_rl, conversations, reinforce
+from jaxrec.systems.recommender_rl import check_prompts, check_rl, conversations, reinforce
 from jaxrec.tools import search_task, talk_task
 from jaxrec.tools.conversation import Ask, Recommender, seed_of
 from jaxrec.tools.conversation_search import SearchConfig, Tree
@@ -70,14 +70,16 @@ class Run(ModelRun):
     def recommender(self) -> Recommender:
         teacher = self.teacher if self.config.recommender.kind == "prompted" else None
         folder = self.folder / "recommender"
-        return talk_task.make_recommender(self.config.recommender, self.task, folder, teacher, self.seed)
+        chars = self.config.prompts.attribute_chars
+        return talk_task.make_recommender(self.config.recommender, self.task, folder, teacher, self.seed, chars)
 
     def prompts(self, tokenizer: Any) -> UserPrompts:
         """What the simulated user is asked, in training and in the search."""
         p = self.config.prompts
         return UserPrompts(
-            self.task.catalogue, p.style, roles=self.task.roles, feedback=p.feedback, tokenizer=tokenizer
-        )
+            self.task.catalogue, p.style, roles=self.task.roles, feedback=p.feedback, tokenizer=tokenizer,
+            turns=p.turns, attribute_chars=p.attribute_chars,
+        )  # fmt: skip
 
     def user(self, name: str) -> ModelUser:
         """The simulated user that a stage left, or "base"."""
@@ -121,6 +123,11 @@ def check(config: Any) -> None:
     for name in ("rounds", "scores", "critiques"):
         if c.synthesize[name] < 1:
             raise UsageError(f"synthesize.{name}={c.synthesize[name]} must be at least 1")
+    for field in ("data.train_dialogues", "data.valid_dialogues", "data.test_dialogues", "prompts.turns",
+                  "prompts.attribute_chars", "rl.turns"):  # fmt: skip
+        part, _, name = field.partition(".")
+        if c[part][name] < 0:
+            raise UsageError(f"{field}={c[part][name]} must not be negative")
     if c.synthesize.long not in ("drop", "error"):
         raise UsageError(f"synthesize.long={c.synthesize.long!r} must be drop or error")
     search_config(c, 0)
@@ -145,23 +152,65 @@ def synthesize(this: Run) -> list[Instruction]:
     if path.exists():
         return read_instructions(path)
     s, instances = this.config.synthesize, this.task.parts["train"]
-    prompts = this.prompts(this.load(this.base).tokenizer)
+    model = this.load(this.base)
+    prompts = this.prompts(model.tokenizer)
+    check_room(this, model, prompts)
     rng = np.random.Generator(np.random.PCG64([this.seed, 31]))
     rounds, critiques = propose(this, instances, prompts, rng)
+    check_critiques(_total(made.dropped for made in critiques), sum(len(made.rows) for made in critiques))
     proposed = [[item for lists in rounds for item in lists[i]] for i in range(len(instances))]
     scores = [scoring_rows(instances, proposed, prompts, rng, s.hard) for _ in range(s.scores)]
     rows = [row for made in (*scores, *critiques) for row in made.rows]
     counts = {
-        "instances": len(instances), "decisions": sum(len(made.rows) for made in scores),
+        "instances": {part: len(own) for part, own in this.task.parts.items()},
+        "items": len(this.task.catalogue), "decisions": sum(len(made.rows) for made in scores),
         "critiques": sum(len(made.rows) for made in critiques),
         "decisions left out": _total(made.dropped for made in scores),
         "critiques left out": _total(made.dropped for made in critiques),
         "reading the files": dict(this.task.skipped),
     }  # fmt: skip
-    print(f"synthesize: {counts}")
+    for what, count in counts.items():
+        print(f"synthesize: {what}: {count}")
     write_atomic(this.folder / "instructions.json", json.dumps(counts, indent=1, ensure_ascii=False) + "\n")
     write_atomic(path, "".join(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n" for row in rows))
     return rows
+
+
+def check_room(this: Run, model: Any, prompts: UserPrompts) -> None:
+    """Raise UsageError, before anything is trained, where a prompt of the search might not fit into the model: the
+    longest dialogue with the k longest items."""
+    c, encode, room = this.config, model.tokenizer.encode, model.config.max_len
+    if c.sft.length > room:
+        raise UsageError(f"sft.length={c.sft.length} is more than the context of the model, {room}: lower it")
+    sizes = [len(encode(prompts.listing([item]))) for item in range(len(this.task.catalogue))]
+    longest = sorted(range(len(sizes)), key=sizes.__getitem__)[-c.recommender.k :]
+    parts = ("train", "valid", "test") if c.rl.steps else ("valid", "test")
+    dialogues = [instance.dialogue for part in parts for instance in this.task.parts[part]]
+    heads = [len(encode(prompts.critique_prompt(dialogue, longest)[0])) for dialogue in dialogues]
+    worst = int(np.argmax(heads))
+    size = heads[worst] + len(encode(prompts.critique_prompt(dialogues[worst], longest)[1]))
+    if size + c.search.max_new > room:
+        raise UsageError(
+            f"dialogue {dialogues[worst].id}: with the {len(longest)} longest items its prompt has {size} tokens, and "
+            f"search.max_new={c.search.max_new} may follow, but the context of the model holds {room}: lower "
+            "prompts.turns, prompts.attribute_chars, recommender.k or search.max_new"
+        )
+    if c.rl.steps:
+        check_prompts(this, model)
+
+
+def check_critiques(dropped: Mapping[str, int], kept: int) -> None:
+    """Raise UsageError where the teacher was not asked for all, and where nothing that it wrote can be used."""
+    if missing := dropped.get("not_asked", 0):
+        raise UsageError(
+            f"the teacher was not asked for {missing} critiques, since requests before them had failed ({dict(dropped)}"
+            "): see that teacher.url answers and run again; what it has written is kept"
+        )
+    if not kept:
+        raise UsageError(
+            f"the simulated user has no critique to learn from; what the teacher wrote was left out: {dict(dropped)}; "
+            "look at teacher/replies.jsonl, and take another teacher.model or a greater teacher.max_tokens"
+        )
 
 
 def propose(
@@ -218,6 +267,8 @@ def tune(this: Run) -> None:
     end = model.config.eos_ids[0]
     arrays, long = encode_instructions(rows, model.tokenizer, end, c.sft.length, c.synthesize.long)
     print(f"sft: {len(rows) - long} rows, {long} left out that are longer than sft.length={c.sft.length}")
+    counts = {"rows": len(rows) - long, f"longer than sft.length={c.sft.length}": long}
+    write_atomic(this.folder / "sft.json", json.dumps(counts) + "\n")
     this.supervise("sft", model, arrays, c.sft)
 
 

@@ -42,6 +42,7 @@ REWARDS = {"score": UserRewardConfig(hit=0.0), "hit": UserRewardConfig(score=0.0
 _CLAUSE = re.compile(r"[.,;?!]")
 _NOT = re.compile(r"\b(no|not|nothing|without|too)\b|n't\b", re.IGNORECASE)
 _WORD = re.compile(r"\w+")
+_LONGEST = 12  # words of a heuristic query
 
 
 def check_rl(config: Any) -> None:
@@ -71,12 +72,32 @@ def policy_config(config: Any, seed: int) -> GRPOConfig:
     )  # fmt: skip
 
 
+def query_prompts(this: Any, tokenizer: Any) -> QueryPrompts:
+    """What a policy reads."""
+    reserved = tokenizer.control_tokens()
+    return QueryPrompts(this.task.catalogue, roles=this.task.roles, turns=this.config.rl.turns, reserved=reserved)
+
+
+def check_prompts(this: Any, model: Any) -> None:
+    """Raise UsageError, before anything is trained, for a dialogue that is longer than rl.max_prompt, and for
+    conversations that are longer than the model's context."""
+    r, prompts = this.config.rl, query_prompts(this, model.tokenizer)
+    if r.max_total > model.config.max_len:
+        raise UsageError(f"rl.max_total={r.max_total} is more than the context of the model, {model.config.max_len}")
+    dialogues = [instance.dialogue for part in ("train", "test") for instance in this.task.parts[part]]
+    sizes = [len(model.tokenizer.encode(prompts.prompt(dialogue))) for dialogue in dialogues]
+    if max(sizes) > r.max_prompt:
+        worst = dialogues[int(np.argmax(sizes))]
+        raise UsageError(
+            f"dialogue {worst.id}: its prompt has {max(sizes)} tokens, more than rl.max_prompt={r.max_prompt}: raise "
+            "it, or lower rl.turns"
+        )
+
+
 def environment(this: Any, user: User, tokenizer: Any) -> UserEnv:
     """The conversation that a policy has; queries are answered by BM25 over names and attributes."""
-    c = this.config
+    c, prompts = this.config, query_prompts(this, tokenizer)
     search = item_search(this.task, c.recommender.k, this.folder / "recommender")
-    roles = this.task.roles
-    prompts = QueryPrompts(this.task.catalogue, roles=roles, reserved=tokenizer.control_tokens())
     return query_env(prompts, SearchedLists(search), user, c.recommender.k, rounds=c.rl.rounds, seed=this.seed)
 
 
@@ -94,11 +115,14 @@ def keywords(text: str, known: frozenset[str]) -> list[str]:
 
 def drawn_query(state: State, known: frozenset[str], recall: float, rng: np.random.Generator) -> str:
     """Words of the catalogue that the user said last, in the critique or the dialogue, and before them those of each
-    other turn with probability ``recall``; "anything" where there are none."""
-    turns = [turn.text for turn in state.example.dialogue.turns if turn.role == USER]
-    *before, last = [words for text in (*turns, state.critique) if (words := keywords(text, known))] or [[]]
+    other turn with probability ``recall``. Where no turn holds any, the words of the latest turn that has words, else
+    "anything". At most :data:`_LONGEST` words, the latest."""
+    said = [turn.text for turn in state.example.dialogue.turns if turn.role == USER] + [state.critique]
+    found = [words for text in said if (words := keywords(text, known))]
+    found = found or [words for text in said if (words := _WORD.findall(text))][-1:] or [["anything"]]
+    *before, last = found
     chosen = [words for words, draw in zip(before, rng.random(len(before)), strict=True) if draw < recall]
-    return " ".join(dict.fromkeys(word for words in (*chosen, last) for word in words)) or "anything"
+    return " ".join(list(dict.fromkeys(word for words in (*chosen, last) for word in words))[-_LONGEST:])
 
 
 def traces(

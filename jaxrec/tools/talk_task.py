@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxrec.config import UsageError
-from jaxrec.data.dialogue_formats import FORMATS, read_parts
+from jaxrec.data.dialogue_formats import FORMATS, DialogueData, detect_format, read_parts
 from jaxrec.data.dialogues import Instance
 from jaxrec.data.item_catalogue import ItemCatalogue
 from jaxrec.tools.conversation import Recommender, seed_of
@@ -53,8 +53,11 @@ def world_task(data: Any, scale: str, seed: int) -> TalkTask:
 
 def file_task(data: Any, seed: int) -> TalkTask:
     """Instances of files. Those for validation are taken from the training file, whole dialogues at a time, so that no
-    conversation is in two parts. Raises ValueError as the readers do, UsageError for a part without instances."""
+    conversation is in two parts. ``skipped`` counts what was read, and instances that were left out or not drawn, by
+    part. Raises ValueError as the readers do, UsageError for a conversation that both files hold and for a part without
+    instances."""
     read = read_parts({"train": data.train, "test": data.test}, data.form, catalogue_path=data.catalogue)
+    check_apart(read["train"], read["test"])
     options = {"only_new": data.only_new, "drop_skipped_turns": data.drop_skipped_turns}
     parts, skipped = {}, {}
     for name, found in read.items():
@@ -69,11 +72,32 @@ def file_task(data: Any, seed: int) -> TalkTask:
         held.add(talks[number])
     parts["valid"] = [i for i in parts["train"] if _talk(i) in held]
     parts["train"] = [i for i in parts["train"] if _talk(i) not in held]
-    parts = {name: _some(parts[name], data[f"{name}_dialogues"], seed) for name in PARTS}
+    whole, parts = parts, {name: _some(parts[name], data[f"{name}_dialogues"], seed) for name in PARTS}
     for name, some in parts.items():
         if not some and (name != "valid" or wanted):
-            raise UsageError(f"data: no instance is left for {name}; what was left out: {skipped}")
+            raise UsageError(
+                f"data: no instance is left for {name}: {len(whole['valid'])} of {data.train} are for validation "
+                f"(data.valid_dialogues={wanted}, whole conversations); what was left out: {skipped}"
+            )
+    skipped |= {f"{name}: instances not drawn": len(whole[name]) - len(some) for name, some in parts.items()}
+    skipped = {what: count for what, count in skipped.items() if count}
     return TalkTask(read["train"].catalogue, parts, skipped=skipped)
+
+
+def check_apart(train: DialogueData, test: DialogueData) -> None:
+    """Raise UsageError for conversations that stand in both, with one id and one opening."""
+    both = sorted(_openings(train) & _openings(test))
+    if both:
+        raise UsageError(
+            f"{len(both)} conversations of {test.path} are in {train.path} too, e.g. {both[0][0]!r}: what is tested "
+            "must not have been trained on; part the files by conversation"
+        )
+
+
+def _openings(read: DialogueData) -> set[tuple[str, str]]:
+    """(id, first text) of conversations."""
+    rows = {(_talk(row), row.dialogue.turns[0].text) for row in read.rows}
+    return rows | {(dialogue.id, dialogue.turns[0].text) for dialogue in read.dialogues}
 
 
 def _talk(instance: Instance) -> str:
@@ -90,19 +114,26 @@ def _some(instances: Sequence[Instance], count: int, seed: int) -> list[Instance
 
 
 def check_files(data: Any) -> None:
-    """Raise UsageError for files that a task of files would miss later."""
+    """Raise UsageError for files that a task of files would miss later, ValueError for one in no known format."""
     if data.form and data.form not in FORMATS:
         raise UsageError(f"data.form={data.form!r} must be one of {', '.join(FORMATS)}, or empty to find out")
     for name in ("train", "test", "catalogue"):
         if not data[name] and name != "catalogue":
             raise UsageError(f"data.source=files needs data.{name}, a file of dialogues")
-        if data[name] and not Path(data[name]).exists():
+        if data[name] and not Path(data[name]).is_file():
             raise UsageError(f"data.{name}={data[name]}: there is no such file")
+    if not data.catalogue and "ievalm" in {data.form or detect_format(data[name]) for name in ("train", "test")}:
+        raise UsageError("data.form=ievalm needs data.catalogue, a file *id2info.json: its turns name more than items")
 
 
-def make_recommender(settings: Any, task: TalkTask, folder: Path, teacher: Teacher | None, seed: int) -> Recommender:
-    """Who recommends. teacher: of kind "prompted". Raises UsageError for a kind that the task has not."""
+def make_recommender(
+    settings: Any, task: TalkTask, folder: Path, teacher: Teacher | None, seed: int, attribute_chars: int = 0
+) -> Recommender:
+    """Who recommends. teacher, attribute_chars: of kind "prompted", see :class:`RecommenderPrompts`. Raises UsageError
+    for a kind that the task has not."""
     kind, k = settings.kind, settings.k
+    if kind == "sequential" and not task.parts["valid"]:
+        raise UsageError("recommender.kind=sequential needs data.valid_dialogues above 0, to know when to stop")
     try:
         if kind == "world":
             names = ("k", "memory", "strength", "heard", "temperature", "keep")
@@ -115,7 +146,7 @@ def make_recommender(settings: Any, task: TalkTask, folder: Path, teacher: Teach
             module = fit_sequential(train, valid, len(task.catalogue), FitConfig(seed=seed))
             counts = mention_counts(train, len(task.catalogue))
             return SequentialRecommender(module, counts, task.catalogue, k, temperature=settings.temperature)
-        prompts = RecommenderPrompts(task.catalogue, k, roles=task.roles)
+        prompts = RecommenderPrompts(task.catalogue, k, roles=task.roles, attribute_chars=attribute_chars)
         config = PromptedConfig(k=k, min_ratio=settings.min_ratio)
         return PromptedRecommender(teacher, task.catalogue, config, prompts=prompts)
     except ValueError as error:

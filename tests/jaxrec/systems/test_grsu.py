@@ -34,6 +34,7 @@ def test_every_stage_leaves_what_it_says(done, this):
     folder, config, result = done
     counts = json.loads((folder / "instructions.json").read_text())
     rows = system.read_instructions(folder / "instructions.jsonl")
+    assert counts["instances"] == {"train": 24, "valid": 4, "test": 4}
     assert counts["decisions"] + counts["critiques"] == len(rows)
     assert counts["critiques"] + sum(counts["critiques left out"].values()) == 24 * config.synthesize.rounds
     for name in ("sft", "cold_start", "rl"):
