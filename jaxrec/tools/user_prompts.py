@@ -9,7 +9,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from jaxrec.chat import chat_prompt, has_template
+from jaxrec.chat import chat_text, has_template
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue
 from jaxrec.data.item_catalogue import ItemCatalogue, shown_values
 from rl.envs.tags import neutralize
@@ -178,7 +178,7 @@ def _shell(tokenizer: Any) -> tuple[str, str]:
     """What a chat template puts before and behind the only message."""
     if tokenizer is None or not has_template(tokenizer):
         return "", "\n\n"
-    shell = chat_prompt(tokenizer, [{"role": "user", "content": _CONTENT}])
+    shell = chat_text(tokenizer, [{"role": "user", "content": _CONTENT}])
     before, found, behind = shell.partition(_CONTENT)
     if not found or _CONTENT in behind:
         raise ValueError(f"the model's chat template does not show a message once: {shell!r}; use style='short'")
