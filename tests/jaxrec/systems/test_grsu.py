@@ -162,7 +162,7 @@ def test_files_and_teacher_are_asked_for_before_anything_runs(tmp_path, monkeypa
     base = ["--config.model.path=x"]
     with pytest.raises(UsageError, match=r"data\.train"):
         system.run(resolve_config("grsu:small", base), tmp_path, system.STAGES)
-    (tmp_path / "talks.jsonl").write_text("{}")
+    (tmp_path / "talks.jsonl").write_text('{"id": "a", "turns": [{"role": "user", "text": "Hello?"}]}\n')
     files = [*base, f"--config.data.train={tmp_path}/talks.jsonl", f"--config.data.test={tmp_path}/talks.jsonl"]
     with pytest.raises(UsageError, match=r"teacher\.url"):
         system.run(resolve_config("grsu:small", files), tmp_path, system.STAGES)
