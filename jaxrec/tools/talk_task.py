@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrec.config import UsageError
 from jaxrec.data.dialogue_formats import FORMATS, DialogueData, detect_format, read_parts
-from jaxrec.data.dialogues import Instance
+from jaxrec.data.dialogues import SYSTEM, Dialogue, Instance, Turn
 from jaxrec.data.item_catalogue import ItemCatalogue
 from jaxrec.tools.conversation import Recommender, seed_of
 from jaxrec.tools.crs.prompted import PromptedConfig, PromptedRecommender
@@ -142,7 +142,7 @@ def make_recommender(
             turns = settings.memory or max(len(i.dialogue.turns) for part in task.parts.values() for i in part)
             return RetrievalRecommender(item_search(task, k, folder, settings.temperature), latest_turns(turns))
         if kind == "sequential":
-            train, valid = ([i.dialogue for i in task.parts[part]] for part in ("train", "valid"))
+            train, valid = (told(task.parts[part]) for part in ("train", "valid"))
             module = fit_sequential(train, valid, len(task.catalogue), FitConfig(seed=seed))
             counts = mention_counts(train, len(task.catalogue))
             return SequentialRecommender(module, counts, task.catalogue, k, temperature=settings.temperature)
@@ -151,6 +151,18 @@ def make_recommender(
         return PromptedRecommender(teacher, task.catalogue, config, prompts=prompts)
     except ValueError as error:
         raise UsageError(f"recommender: {error}") from error
+
+
+def told(instances: Sequence[Instance]) -> list[Dialogue]:
+    """Conversations as far as their instances tell, each once: the longest history, and what was recommended next."""
+    longest: dict[str, Instance] = {}
+    for instance in instances:
+        known = longest.setdefault(_talk(instance), instance)
+        if len(instance.dialogue.turns) > len(known.dialogue.turns):
+            longest[_talk(instance)] = instance
+    return [
+        Dialogue(talk, (*last.dialogue.turns, Turn(SYSTEM, "", last.labels))) for talk, last in longest.items()
+    ]  # fmt: skip
 
 
 def item_search(task: TalkTask, k: int, folder: Path, temperature: float = 0.0) -> ItemSearch:
