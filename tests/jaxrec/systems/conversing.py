@@ -1,0 +1,112 @@
+"""GRSU on files: a tiny Hugging Face folder for the simulated user, a teacher behind an OpenAI-compatible address, and
+flags of a small run."""
+
+import collections
+import contextlib
+import http.server
+import json
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+
+import models
+from jaxrec.data.dialogues import Dialogue, Turn
+from jaxrec.data.item_catalogue import ItemCatalogue
+from jaxrec.tools.user_prompts import UserPrompts
+from models.hf import Model
+
+CRITIQUES = ("I would rather have another genre.", "Not these, please something older.", "Too long a film for me.")
+_WORDS = 6000  # of a tokenizer
+SIZES = {
+    "recommender.k": 3, "sft.length": 512, "sft.steps": 40, "sft.batch_size": 8, "sft.micro_batches": 1,
+    "sft.lr": 0.03, "sft.warmup": 1, "search.beams": 2, "search.depth": 2, "search.expand": 2, "search.max_new": 12,
+    "search.temperature": 0.3,
+    "rl.steps": 0, "rl.cold_steps": 2, "rl.group_size": 2, "rl.prompts_per_step": 2, "rl.max_env_errors": 1.0,
+    "rl.max_prompt": 512, "rl.max_total": 1024, "rl.max_new": 16,
+}  # fmt: skip
+
+
+def tiny_folder(folder: Path, texts: Iterable[str], max_len: int = 8192) -> Path:
+    """A random Qwen3 model of one layer, in float32. Its tokens are the frequent words of the texts, whole critiques,
+    and the decisions; everything else is spelled."""
+    prompts = UserPrompts(ItemCatalogue(["x"], [{}]))
+    dialogue = Dialogue("", (Turn("user", "x"), Turn("system", "x")))
+    own = ["".join(prompts.score_prompt(dialogue, 0)), "".join(prompts.critique_prompt(dialogue, [0, 0]))]
+    own += [f"\n  - {name}: x" for name in prompts.catalogue.order]
+    found = collections.Counter(word for text in [*own * 1000, *texts] for word in re.findall(r"\s*[^\s,]+|,", text))
+    words = [word for word, _ in found.most_common(_WORDS)]
+    tokenizer = models.build_word_tokenizer([" Yes", " No", *CRITIQUES, *words])
+    config = models.Config(
+        vocab_size=tokenizer.vocab_size, dim=16, layers=1, heads=4, kv_heads=2, head_dim=8, ffn_dim=24, qk_norm=True,
+        init_std=0.05, max_len=max_len, eos_ids=tokenizer.eos_ids, family="qwen3",
+    )  # fmt: skip
+    models.save(Model(config, models.init(config, jax.random.key(0)), tokenizer), folder)
+    return folder
+
+
+def critique(prompt: str) -> tuple[str, str]:
+    """(text, finish reason) of a teacher; words in the dialogue make it fail in a way of its own."""
+    talk, _, rest = prompt.partition("## Recommendation")
+    wish = re.search(r"^1\. (.*)$", rest.partition("## Hidden Wish")[2], re.MULTILINE)[1]
+    if "talkative" in talk:
+        return CRITIQUES[0], "length"
+    if "indiscreet" in talk:
+        return f"I had hoped for {wish}.", "stop"
+    if "silent" in talk:
+        return " \n ", "stop"
+    return CRITIQUES[len(talk) % len(CRITIQUES)], "stop"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions"
+        (message,) = body["messages"]
+        with self.server.lock:
+            self.server.asked.append(message["content"])
+        said, finish = critique(message["content"])
+        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": finish}
+        out = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(out)))
+        self.end_headers()
+        self.wfile.write(out)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def endpoint(status: int = 200) -> Iterator[http.server.ThreadingHTTPServer]:
+    """A server whose ``url`` is a teacher's; ``asked`` lists its prompts. status: of every answer."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.daemon_threads, server.asked, server.lock, server.status = True, [], threading.Lock(), status
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def flags(model: Path, url: str, train: Path, test: Path, catalogue: Path | None = None, **settings) -> list[str]:
+    """Flags of a small run. settings: more of the config, with "__" for dots."""
+    values = {
+        "model.path": model, "model.dtype": "float32", "data.train": train, "data.test": test,
+        "data.catalogue": catalogue or "", "teacher.url": url, "teacher.model": "scripted", "teacher.key_variable": "",
+        **SIZES, **{name.replace("__", "."): value for name, value in settings.items()},
+    }  # fmt: skip
+    return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def lines(path: Path, rows: Iterable[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
