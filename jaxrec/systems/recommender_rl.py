@@ -7,6 +7,7 @@ opinion, or whether a list holds the hidden item; both are measured, to see whet
 at the other's cost.
 """
 
+import collections
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -146,6 +147,12 @@ def cold_start(this: Any, env: UserEnv) -> None:
     rng, known = np.random.Generator(np.random.PCG64([this.seed, 41])), catalogue_words(this.task.catalogue)
     states = traces(env, talks(this.task.parts["train"]), known, r.cold_recall, rng)
     whole = [s for s in states if not s.failure]
+    if not whole:
+        failed = dict(collections.Counter(s.failure for s in states))
+        raise UsageError(
+            f"{COLD}: none of {len(states)} conversations came to its end; what failed: {failed}; a simulated user "
+            "without a critique needs more sft.steps or a greater search.max_new"
+        )
     rows, long = encode_rows(
         [(s.prompt, s.segments) for s in whole], model.tokenizer, model.config.eos_ids[0], r.max_total
     )

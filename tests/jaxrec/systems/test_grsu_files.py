@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxrec import cli
@@ -15,7 +16,7 @@ from jaxrec.config import UsageError, resolve_config
 from jaxrec.data.catalogue_files import read_catalogue
 from jaxrec.data.dialogue_formats import read_dialogues
 from jaxrec.data.dialogues import REPEATED
-from jaxrec.systems import grsu
+from jaxrec.systems import grsu, recommender_rl
 from tests.jaxrec.systems import conversing
 
 CROWD = [f"Actor {number}" for number in range(3000)]
@@ -317,6 +318,20 @@ def test_a_teacher_that_says_nothing_usable_is_an_error(place, tmp_path):
         grsu.check_critiques({"not_asked": 5, "server": 16}, 70)
 
 
+def test_a_user_who_never_answers_is_named_before_a_policy_is_trained(place, tmp_path):
+    this = grsu.Run(resolve_config("grsu:small", flags_of(place)), 0, tmp_path, None)
+
+    class Silent:
+        def score(self, dialogues, items):
+            return [np.full(len(own), 0.5) for own in items]
+
+        def criticise(self, requests):
+            return [""] * len(requests)
+
+    with pytest.raises(UsageError, match=r"none of \d+ conversations.*'critique': \d+.*search\.max_new"):
+        recommender_rl.reinforce(this, Silent())
+
+
 # --- real files ------------------------------------------------------------------------------------------------------
 
 
@@ -348,12 +363,13 @@ def test_real_dialogues_end_to_end(name, tmp_path, capsys):
         train, test = halves(real("JAXREC_CRS", f"{name}_valid_eval.jsonl"), tmp_path)
     texts = [path.read_text(encoding="utf-8") for path in (train, test)]
     if catalogue:
-        texts += [read_catalogue(catalogue)[0].text(item) for item in range(0, 2000)]
+        items, _ = read_catalogue(catalogue)
+        texts += [items.text(item) for item in range(len(items))]
     model = conversing.tiny_folder(tmp_path / "model", texts)
     sizes = {
         "data__train_dialogues": 8, "data__valid_dialogues": 4, "data__test_dialogues": 4, "recommender__k": 10,
         "sft__length": 4096, "sft__batch_size": 2, "sft__steps": 3, "evaluate__arms": "('crs_alone',)", "rl__steps": 1,
-        "rl__max_prompt": 1536, "rl__max_total": 3072,
+        "rl__max_prompt": 1536, "rl__max_total": 3072, "rl__rounds": 1,
     }  # fmt: skip
     work = tmp_path / "run"
     with conversing.endpoint() as server:
