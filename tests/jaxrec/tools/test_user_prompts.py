@@ -9,7 +9,9 @@ from tokenizers.models import WordLevel
 
 import models
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue, Turn
-from jaxrec.data.item_catalogue import ItemCatalogue
+from jaxrec.data.item_catalogue import ItemCatalogue, shown_values
+from jaxrec.tools.conversation import Ask
+from jaxrec.tools.crs.prompts import RecommenderPrompts
 from jaxrec.tools.user_prompts import UserPrompts, spellings
 from models.tokenizer import load_tokenizer
 from tests.jaxrec.tools.user_world import CATALOGUE, DIALOGUES, prompts
@@ -122,3 +124,43 @@ def test_unknown_modes_and_empty_dialogues_are_errors():
         UserPrompts(CATALOGUE, "full", feedback="rude")
     with pytest.raises(ValueError, match="dialogue e: at least one turn"):
         prompts().score_prompt(Dialogue("e", ()), 0)
+
+
+def test_long_attributes_and_early_turns_are_left_out_everywhere():
+    crowd = [f"Actor {number}" for number in range(3000)]
+    catalogue = ItemCatalogue(["Heat", "Up"], [{"star": crowd, "plot": "A thief and a policeman meet."}, {}])
+    made = UserPrompts(catalogue, "full", turns=2, attribute_chars=24)
+    assert made.listing([0, 1]) == "1. Heat\n  - star: Actor 0, Actor 1, ...\n  - plot: A thief and a...\n2. Up"
+    for rest in (made.score_prompt(DIALOGUES[1], 0), made.critique_prompt(DIALOGUES[1], [0])):
+        text = "".join(rest)
+        assert "Actor 2" not in text
+        assert "want horror" not in text
+        assert "System: What about Silver Gate\nUser: no something 1950s please" in text
+    assert made.messages().critique_prompt(DIALOGUES[1], [0])[0] == made.critique_prompt(DIALOGUES[1], [0])[0]
+    assert made.messages().listing([0]) == made.listing([0])
+    short = UserPrompts(catalogue, "short", attribute_chars=24)
+    assert short.score_prompt(DIALOGUES[1], 0)[1] == "\nItem: Heat - Actor 0 Actor 1 ... A thief and a...\nAccept?"
+    shown = RecommenderPrompts(catalogue, 1, attribute_chars=24).titles(Ask(DIALOGUES[1], (0,), "older"))
+    assert "  - star: Actor 0, Actor 1, ...\n" in shown
+    for field in ("turns", "attribute_chars"):
+        with pytest.raises(ValueError, match=f"{field}=-1 of a simulated user's prompts must be at least 1, or 0"):
+            UserPrompts(catalogue, "full", **{field: -1})
+
+
+@pytest.mark.parametrize(
+    ("values", "most", "text"),
+    [
+        ([], 5, ""),
+        (["abc"], 3, "abc"),
+        (["abc", "def"], 8, "abc, def"),
+        (["abc", "def"], 7, "abc..."),
+        (["abc", "def", "ghi"], 13, "abc, def, ghi"),
+        (["abc", "def", "ghi"], 12, "abc, ..."),
+        (["x" * 3000], 10, "xxxxxxx..."),
+        (["مدينة 🎬 كبيرة"], 12, "مدينة 🎬..."),
+        (["a", "b"] * 2000, 0, ", ".join(["a", "b"] * 2000)),
+    ],
+)
+def test_values_are_shown_up_to_a_length(values, most, text):
+    assert shown_values(values, most) == text
+    assert not most or len(text) <= most
