@@ -48,4 +48,4 @@ def run(values: Any, overrides: Sequence[str]) -> None:
     one = grsu.Run(
         config, config.seeds[0], folder / f"seed{config.seeds[0]}" if len(config.seeds) > 1 else folder, None
     )
-    chat(one.recommender, one.user(values.user), one.task.catalogue, seed=values.seed)
+    chat(one.recommender, one.user(values.user), one.task.catalogue, ask=input, seed=values.seed)

@@ -24,6 +24,7 @@ from models.sharding import to_host
 from models.slots import Rows, admit, advance, resize
 
 TOP = 20  # likeliest tokens at most
+_COUNTS = ("requests", "prompt_tokens", "tokens", "slices", "largest_batch", "failures", "abandoned")  # since the start
 _PREFILL = 16384  # tokens of one prefill, padding included
 _SHRINK_AFTER = 16  # slices that half of the rows or slots would have done
 _SMALLEST = 128  # slots
@@ -163,7 +164,7 @@ class Engine:
         self._change = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
-        self.counts: collections.Counter[str] = collections.Counter()
+        self.counts: collections.Counter[str] = collections.Counter(dict.fromkeys(_COUNTS, 0))
 
     def __enter__(self) -> "Engine":
         self.start()

@@ -70,7 +70,8 @@ def held(engine, monkeypatch):
 
 def test_a_client_that_hangs_up_frees_its_row(client, engine, held):
     before = engine.counts["abandoned"]
-    with complete(client, " who", max_tokens=120, temperature=1, stream=True) as stream:
+    # Greedy: of an answer that is drawn the first slice may hold nothing that can be shown yet.
+    with complete(client, " who", max_tokens=120, stream=True) as stream:
         next(iter(stream))
     until(lambda: engine.state()["active"] == 0)
     assert engine.counts["abandoned"] == before + 1
@@ -206,6 +207,7 @@ def test_a_body_without_length_is_cut_off_too(url):
 def test_models_and_health(client, url):
     assert [model.id for model in client.models.list().data] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
+    complete(client, " who", max_tokens=1)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     status, state = raw(url.removesuffix("/v1"), "/health", method="GET")
