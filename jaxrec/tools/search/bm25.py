@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -76,6 +77,8 @@ def build_bm25(
     a corpus in which no word is left.
     """
     import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every step else
 
     folder = Path(folder)
     if folder.exists():
