@@ -29,6 +29,12 @@ class Turn:
             raise ValueError(f"role {self.role!r} of a turn must be one of {', '.join(ROLES)}")
 
 
+def spoken(turns: Sequence[Turn], names: Sequence[str]) -> str:
+    """Turns as text, a line each. names: of user and system."""
+    own = dict(zip(ROLES, names, strict=True))
+    return "\n".join(f"{own[turn.role]}: {turn.text}" for turn in turns)
+
+
 @dataclasses.dataclass(frozen=True)
 class Dialogue:
     """Turns in order, oldest first."""

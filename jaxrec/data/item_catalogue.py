@@ -6,7 +6,7 @@ QRatio over lower-cased text without punctuation.
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rapidfuzz import fuzz, process, utils
 
@@ -97,11 +97,12 @@ class ItemCatalogue:
             found = process.extractOne(key, free, scorer=fuzz.QRatio)
         return Match(found[2], found[1])
 
-    def text(self, item: int) -> str:
-        """The item as a prompt shows it: its title, then a line for each attribute that is known."""
+    def text(self, item: int, most: int = 0, clean: Callable[[str], str] = str) -> str:
+        """The item as a prompt shows it: its title, then a line for each attribute that is known. most: characters of
+        each (:func:`shown_values`). clean: what is done to title and values before they are shown."""
         known = self.attributes[item]
-        lines = [f"  - {name}: {', '.join(known[name])}" for name in self.order if known.get(name)]
-        return "\n".join([self.titles[item], *lines])
+        lines = [f"  - {name}: {clean(shown_values(known[name], most))}" for name in self.order if known.get(name)]
+        return "\n".join([clean(self.titles[item]), *lines])
 
     def listing(self, items: Sequence[int]) -> str:
         """Items numbered from 1, each as :meth:`text` gives it."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxrec.config import write_atomic
-from jaxrec.data.dialogues import Instance
+from jaxrec.data.dialogues import Instance, spoken
 from jaxrec.evaluate.conversation import ARM_RANKINGS, KS, Judged, Ranking, judge, rank, summarize
 from jaxrec.evaluate.ranking import paired_interval
 from jaxrec.tools.conversation import User
@@ -65,7 +65,8 @@ def evaluate_seed(
         for level in range(1, this.config.search.depth + 1)
     }  # fmt: skip
     held = this.task.parts["valid"] or instances
-    auc = {name: label_auc(user, held, len(titles), this.first_lists(held), this.seed) for name, user in users.items()}
+    proposed = this.first_lists(held)
+    auc = {name: label_auc(user, held, len(titles), proposed, this.seed) for name, user in users.items()}
     samples = [_sample(this, instance, tree) for instance, tree in zip(instances[:3], full)]
     samples += [_talk_sample(this, name, s) for name, (_, states) in policies.items() for s in states[:2]]
     _write_values(this.folder / "values.jsonl", judged, this.config.evaluate.ranking)
@@ -107,7 +108,7 @@ def _sample(this: Any, instance: Instance, tree: Tree) -> dict[str, Any]:
     way = [n for n in tree.nodes if best.path[: n.depth] == n.path]
     labels = set(instance.labels)
     return {
-        "dialogue": _spoken(this, instance.dialogue.turns),
+        "dialogue": spoken(instance.dialogue.turns, this.task.roles),
         "rounds": [
             {"critique": n.critique, "reward": n.reward,
              "items": [f"{titles[i]}{' *' if i in labels else ''} {s:.2f}" for i, s in zip(n.items, n.scores)]}
@@ -120,14 +121,9 @@ def _sample(this: Any, instance: Instance, tree: Tree) -> dict[str, Any]:
 def _talk_sample(this: Any, name: str, state: Any) -> dict[str, Any]:
     return {
         "policy": POLICIES[name],
-        "dialogue": _spoken(this, state.example.dialogue.turns),
+        "dialogue": spoken(state.example.dialogue.turns, this.task.roles),
         "conversation": state.text,
     }
-
-
-def _spoken(this: Any, turns: Sequence[Any]) -> str:
-    roles = dict(zip(("user", "system"), this.task.roles, strict=True))
-    return "\n".join(f"{roles[turn.role]}: {turn.text}" for turn in turns)
 
 
 # --- all seeds -------------------------------------------------------------------------------------------------------

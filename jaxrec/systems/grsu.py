@@ -81,11 +81,17 @@ class Run(ModelRun):
             turns=p.turns, attribute_chars=p.attribute_chars,
         )  # fmt: skip
 
+    @functools.cached_property
+    def _users(self) -> dict[str, ModelUser]:
+        return {}
+
     def user(self, name: str) -> ModelUser:
-        """The simulated user that a stage left, or "base"."""
-        model, s = self.model(name), self.config.search
-        config = UserConfig(s.score, s.temperature, max_new=s.max_new)
-        return ModelUser(model, self.prompts(model.tokenizer), config, self.mesh)
+        """The simulated user that a stage left, or "base"; loaded once."""
+        if name not in self._users:
+            model, s = self.model(name), self.config.search
+            config = UserConfig(s.score, s.temperature, max_new=s.max_new)
+            self._users[name] = ModelUser(model, self.prompts(model.tokenizer), config, self.mesh)
+        return self._users[name]
 
     def first_lists(self, instances: Sequence[Instance]) -> list[tuple[int, ...]]:
         """What the recommender proposes for each, before anybody criticised it."""
@@ -179,16 +185,20 @@ def synthesize(this: Run) -> list[Instruction]:
 def check_room(this: Run, model: Any, prompts: UserPrompts) -> None:
     """Raise UsageError, before anything is trained, where a prompt of the search might not fit into the model: the
     longest dialogue with the k longest items."""
-    c, encode, room = this.config, model.tokenizer.encode, model.config.max_len
+    c, room = this.config, model.config.max_len
+
+    def sizes(texts: Iterable[str]) -> list[int]:
+        return [len(ids) for ids in model.tokenizer.encode_batch(list(texts))]
+
     if c.sft.length > room:
         raise UsageError(f"sft.length={c.sft.length} is more than the context of the model, {room}: lower it")
-    sizes = [len(encode(prompts.listing([item]))) for item in range(len(this.task.catalogue))]
-    longest = sorted(range(len(sizes)), key=sizes.__getitem__)[-c.recommender.k :]
+    items = sizes(prompts.listing([item]) for item in range(len(this.task.catalogue)))
+    longest = sorted(range(len(items)), key=items.__getitem__)[-c.recommender.k :]
     parts = ("train", "valid", "test") if c.rl.steps else ("valid", "test")
     dialogues = [instance.dialogue for part in parts for instance in this.task.parts[part]]
-    heads = [len(encode(prompts.critique_prompt(dialogue, longest)[0])) for dialogue in dialogues]
+    heads = sizes(prompts.critique_prompt(dialogue, longest)[0] for dialogue in dialogues)
     worst = int(np.argmax(heads))
-    size = heads[worst] + len(encode(prompts.critique_prompt(dialogues[worst], longest)[1]))
+    size = heads[worst] + sizes([prompts.critique_prompt(dialogues[worst], longest)[1]])[0]
     if size + c.search.max_new > room:
         raise UsageError(
             f"dialogue {dialogues[worst].id}: with the {len(longest)} longest items its prompt has {size} tokens, and "

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from rl.checkpoint import Checkpointer
 from rl.finetune import SFTConfig, sft
 from rl.metrics import MetricsWriter
 from rl.optimizer import OptimizerConfig, init_state
+from rl.policy import GRPOConfig
+from rl.trainer import train
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,4 +71,23 @@ class ModelRun:
         ):
             feed = batches(rows, s.batch_size, self.seed)
             state = sft(config, model.config, state, feed, s.steps, writer, keeper, self.mesh)
+        models.save(model.replace(params=state.params), self.checkpoint(name) / "model")
+
+    def reinforce(
+        self, name: str, model: models.Model, settings: GRPOConfig, prompts: int, play: Callable, steps: int,
+        shown: Sequence[str], **options: Any,
+    ) -> None:  # fmt: skip
+        """Policy optimisation into ``checkpoints/<name>``. prompts: how many there are; ``play`` (see
+        :func:`rl.trainer.train`) gets their numbers as "index". shown: metrics of the terminal's line. options: more of
+        ``train``. The model's buffers are given away."""
+        feed = batches({"index": np.arange(prompts)}, settings.prompts_per_step, self.seed)
+        state = init_state(model.params, settings.optimizer, self.seed)
+        with (
+            MetricsWriter(self.folder, name, steps, show=shown) as writer,
+            Checkpointer(self.checkpoint(name) / "steps", keep=2) as keeper,
+        ):
+            state = train(
+                settings, model.config, state, feed, play, steps=steps, writer=writer, checkpointer=keeper,
+                mesh=self.mesh, **options,
+            )  # fmt: skip
         models.save(model.replace(params=state.params), self.checkpoint(name) / "model")

@@ -19,9 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import models
 from jaxrec.config import UsageError
-from jaxrec.data.pipeline import batches
 from jaxrec.evaluate import search as judging
 from jaxrec.evaluate.answers import R1_SEARCHER, cover_em
 from jaxrec.systems import by_seed
@@ -30,16 +28,13 @@ from jaxrec.tools import search_task
 from jaxrec.tools.authors import rewrite_from_memory, select_rollouts, write_rollouts
 from jaxrec.tools.search_task import asked
 from models.sharding import make_mesh, use_mesh
-from rl.checkpoint import Checkpointer
 from rl.envs.search import SearchOptions, State, search_counts
 from rl.envs.tags import find_style
-from rl.metrics import MetricsWriter
-from rl.optimizer import OptimizerConfig, init_state
+from rl.optimizer import OptimizerConfig
 from rl.policy import GRPOConfig
 from rl.rollout import rollout
 from rl.rows import encode_rows, pad_rows
 from rl.search_rewards import SearchReward, SearchRewardConfig
-from rl.trainer import train
 
 STAGES = ("cold_start", "rl", "evaluate")
 ABLATIONS = {"no_group": {"eta": 0.0}, "no_memory": {"memory": 0.0}}
@@ -164,7 +159,6 @@ def reinforce(this: Run, name: str, *, eta: float | None = None, memory: float |
     settings = policy_config(this.config, this.seed, memory)
     env, reward = this.env(model.tokenizer, k=this.config.env.k, on_error="drop"), this.reward(eta)
     questions, options = [asked(q) for q in this.task.train], this.rollout_config()
-    feed = batches({"index": np.arange(len(questions))}, r.prompts_per_step, this.seed)
     sampling = search_task.teacher_sampling(this.config.teacher, this.seed)
 
     def play(params: Any, batch: dict[str, np.ndarray], key: jax.Array):
@@ -198,17 +192,10 @@ def reinforce(this: Run, name: str, *, eta: float | None = None, memory: float |
 
     # A copy, since the state's buffers are given away.
     reference = jax.tree.map(jnp.copy, model.params) if settings.kl_reward else None
-    state = init_state(model.params, settings.optimizer, this.seed)
     shown = ("reward", "right", "searches", "valid_format")
-    with (
-        MetricsWriter(this.folder, name, r.steps, show=shown) as writer,
-        Checkpointer(this.checkpoint(name) / "steps", keep=2) as keeper,
-    ):
-        state = train(
-            settings, model.config, state, feed, play, steps=r.steps, writer=writer, checkpointer=keeper,
-            mesh=this.mesh, ref_params=reference, auxiliary=memorise,
-        )  # fmt: skip
-    models.save(model.replace(params=state.params), target)
+    this.reinforce(
+        name, model, settings, len(questions), play, r.steps, shown, ref_params=reference, auxiliary=memorise
+    )
 
 
 def rl(this: Run) -> None:

@@ -16,26 +16,21 @@ from typing import Any
 import jax
 import numpy as np
 
-import models
 from jaxrec.config import UsageError
 from jaxrec.data.dialogues import USER
 from jaxrec.data.item_catalogue import ItemCatalogue
-from jaxrec.data.pipeline import batches
 from jaxrec.tools.conversation import User
 from jaxrec.tools.crs.environment import query_env, talks
 from jaxrec.tools.crs.prompts import QueryPrompts
 from jaxrec.tools.crs.retrieval import SearchedLists
 from jaxrec.tools.talk_task import item_search
 from models.sharding import use_mesh
-from rl.checkpoint import Checkpointer
 from rl.envs.base import Action
 from rl.envs.user import State, Talk, UserEnv
-from rl.metrics import MetricsWriter
-from rl.optimizer import OptimizerConfig, init_state
+from rl.optimizer import OptimizerConfig
 from rl.policy import GRPOConfig
 from rl.rollout import RolloutConfig, rollout
 from rl.rows import encode_rows
-from rl.trainer import train
 from rl.user_rewards import UserReward, UserRewardConfig, hit, score, user_counts
 
 COLD, TRAINED = "cold_start", "rl"  # what the two are called in a run's folder
@@ -171,7 +166,6 @@ def reinforce(this: Any, user: User) -> None:
     model, r = this.model(COLD), this.config.rl
     settings, options, reward = policy_config(this.config, this.seed), rollout_config(r), UserReward(REWARDS[r.reward])
     examples = talks(this.task.parts["train"])
-    feed = batches({"index": np.arange(len(examples))}, r.prompts_per_step, this.seed)
 
     def play(params: Any, batch: dict[str, np.ndarray], key: jax.Array):
         with use_mesh(this.mesh):
@@ -188,17 +182,8 @@ def reinforce(this: Any, user: User) -> None:
         }
         return trajectory, parts, info
 
-    state = init_state(model.params, settings.optimizer, this.seed)
     shown = ("reward", "hit", "score_last", "failed_critique")
-    with (
-        MetricsWriter(this.folder, TRAINED, r.steps, show=shown) as writer,
-        Checkpointer(this.checkpoint(TRAINED) / "steps", keep=2) as keeper,
-    ):
-        state = train(
-            settings, model.config, state, feed, play, steps=r.steps, writer=writer, checkpointer=keeper,
-            mesh=this.mesh,
-        )  # fmt: skip
-    models.save(model.replace(params=state.params), target)
+    this.reinforce(TRAINED, model, settings, len(examples), play, r.steps, shown)
 
 
 def rollout_config(settings: Any, temperature: float = 1.0) -> RolloutConfig:

@@ -1,6 +1,8 @@
 """What a recipe about conversations works on: instances over one catalogue, and who recommends in them."""
 
+import collections
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from jaxrec.tools.crs.retrieval import ItemSearch, RetrievalRecommender, item_st
 from jaxrec.tools.crs.sequential import SequentialRecommender, fit_sequential, mention_counts
 from jaxrec.tools.teacher import ScriptedTeacher, StoredTeacher
 from jaxrec.tools.teacher.base import Request, Teacher
+from jaxrec.tools.user_instructions import read_annotation
+from jaxrec.tools.user_prompts import UserPrompts
 from jaxrec.world import generate, world_config
 from jaxrec.world.conversations import NAMES, Conversations, RecommenderConfig, TalkConfig, WorldRecommender
 from jaxrec.world.seeker import Seeker, SeekerConfig
@@ -65,11 +69,9 @@ def file_task(data: Any, seed: int) -> TalkTask:
         skipped |= {f"{name}: {reason}": count for reason, count in {**found.counts, **why}.items()}
     talks = list(dict.fromkeys(_talk(i) for i in parts["train"]))
     order = np.random.Generator(np.random.PCG64([seed_of(seed, "validation")])).permutation(len(talks))
-    held, wanted = set(), data.valid_dialogues
-    for number in order:
-        if sum(_talk(i) in held for i in parts["train"]) >= wanted:
-            break
-        held.add(talks[number])
+    sizes, wanted = collections.Counter(_talk(i) for i in parts["train"]), data.valid_dialogues
+    before = np.cumsum([0, *(sizes[talks[number]] for number in order)])[:-1]
+    held = {talks[number] for number, drawn in zip(order, before, strict=True) if drawn < wanted}
     parts["valid"] = [i for i in parts["train"] if _talk(i) in held]
     parts["train"] = [i for i in parts["train"] if _talk(i) not in held]
     whole, parts = parts, {name: _some(parts[name], data[f"{name}_dialogues"], seed) for name in PARTS}
@@ -176,12 +178,22 @@ def item_search(task: TalkTask, k: int, folder: Path, temperature: float = 0.0) 
     )  # fmt: skip
 
 
+def annotate(seeker: Seeker, prompts: UserPrompts, text: str, seed: int) -> str:
+    """The critique of the list that a text asks about, by who knows its hidden wish. Raises ValueError for a text that
+    :func:`jaxrec.tools.user_instructions.annotation_prompt` did not make, or with another number of labels than one."""
+    dialogue, shown, labels = read_annotation(text, prompts)
+    if len(labels) != 1:
+        raise ValueError(f"the seeker has one item in mind, not {len(labels)}")
+    rng = np.random.Generator(np.random.PCG64([zlib.crc32(text.encode()), seed, 25]))
+    return seeker.critique(dialogue, shown, rng, labels[0])
+
+
 def world_teacher(task: TalkTask, error: float, path: Path) -> Teacher:
     """The embedded world's scripted teacher, who writes critiques; its replies are kept in a file."""
-    seeker = Seeker(task.talks, SeekerConfig(error))
+    seeker, prompts = Seeker(task.talks, SeekerConfig(error)), UserPrompts(task.catalogue, "full", roles=task.roles)
 
     def annotator(request: Request, choice: int) -> str:
-        return seeker.annotate(request.messages[-1].content, (request.sampling.seed or 0) + choice)
+        return annotate(seeker, prompts, request.messages[-1].content, (request.sampling.seed or 0) + choice)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     return StoredTeacher(ScriptedTeacher({"annotator": annotator}, id=f"world's seeker, error {error:g}"), path)

@@ -12,20 +12,12 @@ from typing import Any
 from jaxrec.chat import chat_text, has_template
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue
 from jaxrec.data.item_catalogue import ItemCatalogue, shown_values
-from rl.envs.tags import neutralize
+from jaxrec.tools.crs.prompts import MARKUP, one_line
 
 STYLES = ("full", "short")
 FEEDBACK = ("negative", "regular")
 # What the prompts of style "short" hold beside roles, titles and attributes; a tokenizer of words wants to know them.
 SHORT_WORDS = ("\nItem:", "\nAccept?", " -", " Yes", " No")
-_MARKUP = (
-    "<|",
-    "|>",
-    "</",
-    "<s>",
-    "[INST",
-    "[/INST",
-)  # control tokens of common models, also of those behind a teacher
 _CONTENT = "\x00"  # stands for a message while a chat template is taken apart; no tokenizer makes it of ordinary text
 
 _SCORE = (
@@ -87,7 +79,7 @@ class UserPrompts:
         self.catalogue, self.style, self.roles, self.tokenizer = catalogue, style, roles, tokenizer
         self.turns, self.attribute_chars = turns, attribute_chars
         self._roles = dict(zip((USER, SYSTEM), roles, strict=True))
-        self._tags = _MARKUP + (() if tokenizer is None else tokenizer.control_tokens())
+        self._tags = MARKUP + (() if tokenizer is None else tokenizer.control_tokens())
         self.decisions = tuple(_decision(tokenizer, word) for word in ("Yes", "No"))
         self._before, self._behind = _shell(tokenizer) if style == "full" else ("", "")
         attributes = ", ".join(catalogue.order)
@@ -134,7 +126,7 @@ class UserPrompts:
 
     def line(self, text: str) -> str:
         """Text from outside as prompts show it: on one line, without control tokens."""
-        return neutralize(" ".join(text.split()), self._tags)
+        return one_line(text, self._tags)
 
     def listing(self, items: Sequence[int]) -> str:
         """A numbered list with attributes, as prompts of style "full" show it."""
@@ -145,17 +137,9 @@ class UserPrompts:
 
     def _item(self, item: int) -> str:
         if item not in self._shown:
-            make = self._short_item if self.style == "short" else self._full_item
-            self._shown[item] = make(item)
+            full = self.catalogue.text(item, self.attribute_chars, self.line) if self.style == "full" else ""
+            self._shown[item] = full or self._short_item(item)
         return self._shown[item]
-
-    def _full_item(self, item: int) -> str:
-        known = self.catalogue.attributes[item]
-        values = (
-            (name, self.line(shown_values(known[name], self.attribute_chars)))
-            for name in self.catalogue.order if known.get(name)
-        )  # fmt: skip
-        return "\n".join([self.line(self.catalogue.titles[item]), *(f"  - {name}: {value}" for name, value in values)])
 
     def _short_item(self, item: int) -> str:
         known = self.catalogue.attributes[item]

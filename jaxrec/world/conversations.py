@@ -70,11 +70,6 @@ class TalkConfig:
             raise ValueError(f"valid={self.valid} and test={self.test} leave no item for training")
 
 
-def spoken(turns: Sequence[Turn]) -> str:
-    """Turns as text, a line each."""
-    return "\n".join(f"{NAMES[turn.role]}: {turn.text}" for turn in turns)
-
-
 def talk_phrases() -> list[str]:
     """What the tokenizer of a model that converses knows beside the world's words."""
     sentences = [*_ASKING, *_OPENING, *_MORE, *_WANTED.values(), *_UNWANTED.values(), "But no not too So you want"]

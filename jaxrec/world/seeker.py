@@ -5,20 +5,16 @@ user it goes by the conversation alone, without a fault, which is what the train
 """
 
 import dataclasses
-import re
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrec.data.dialogues import SYSTEM, Dialogue, Turn
+from jaxrec.data.dialogues import Dialogue
 from jaxrec.tools.conversation import Criticise
-from jaxrec.world.conversations import NAMES, SAID, Conversations, Wish
+from jaxrec.world.conversations import SAID, Conversations, Wish
 
 _MET = 0.5  # share of a list that must meet a wish for the seeker to say nothing of it
 _CONTENT = "I want something else."
-_SECTION = re.compile(r"^## ([^\n]*)\n(.*?)(?=\n\n## )", re.MULTILINE | re.DOTALL)
-_TITLE = re.compile(r"^\d+\. (.*)$", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,19 +69,3 @@ class Seeker:
         """One text for each request, of its seed."""
         rngs = (np.random.Generator(np.random.PCG64([r.seed, 24])) for r in requests)
         return [self.critique(r.dialogue, r.shown, rng) for r, rng in zip(requests, rngs, strict=True)]
-
-    def annotate(self, prompt: str, seed: int) -> str:
-        """The teacher's critique. prompt: as :func:`jaxrec.tools.user_instructions.annotation_prompt` puts it: the
-        dialogue, a list, and the hidden wish. Raises ValueError for another form."""
-        parts = dict(_SECTION.findall(prompt + "\n\n## "))
-        if missing := {"Conversation", f"Recommendation By {NAMES[SYSTEM]}", "Hidden Wish"} - set(parts):
-            raise ValueError(f"the world's teacher is asked with a section {min(missing)!r}, which is missing")
-        sides = {name: role for role, name in NAMES.items()}
-        lines = [line.partition(": ") for line in parts["Conversation"].split("\n")]
-        dialogue = Dialogue("", tuple(Turn(sides[name], text) for name, _, text in lines if name in sides))
-        shown, (wish,) = (
-            [self.talks.catalogue.find(title) for title in _TITLE.findall(parts[name])]
-            for name in (f"Recommendation By {NAMES[SYSTEM]}", "Hidden Wish")
-        )
-        rng = np.random.Generator(np.random.PCG64([zlib.crc32(prompt.encode()), seed, 25]))
-        return self.critique(dialogue, shown, rng, wish)

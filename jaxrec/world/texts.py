@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrec.data.dialogues import USER
-from jaxrec.world.conversations import Conversations, spoken
+from jaxrec.data.dialogues import USER, spoken
+from jaxrec.world.conversations import NAMES, Conversations
 from jaxrec.world.encyclopaedia import PLAIN_WORDS, RELATIONS, Fact, Passage, by_subject, facts, passage
 from jaxrec.world.generate import World
 
@@ -287,7 +287,8 @@ class Texts:
             turns = self.talks.turns(self.talks.draw(split, rng), rng)
             said = [w.words for t in turns if t.role == USER for w in self.talks.understand(t.text)]
             if _held_out("talk", *said) == (split == "test"):
-                return Sample("talk", f"{spoken(turns)}\nRecommender:", f" So you want {', '.join(said)}.")
+                told = spoken(turns, tuple(NAMES.values()))
+                return Sample("talk", f"{told}\nRecommender:", f" So you want {', '.join(said)}.")
 
     def disputed(self, split: str) -> list[Fact]:
         """The internal facts that conflicts of a split are about: half of the subjects are the test's."""

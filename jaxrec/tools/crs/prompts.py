@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue
-from jaxrec.data.item_catalogue import ItemCatalogue, shown_values
+from jaxrec.data.item_catalogue import ItemCatalogue
 from jaxrec.tools.conversation import Ask
 from jaxrec.tools.teacher.schema import without_thinking
 from rl.envs.tags import neutralize
@@ -83,10 +83,7 @@ class RecommenderPrompts:
         return "\n\n".join([*parts, f"## Instruction\n{instruction}"])
 
     def _item(self, item: int) -> str:
-        known = self.catalogue.attributes[item]
-        values = ((name, shown_values(known[name], self._chars)) for name in self.catalogue.order if known.get(name))
-        lines = [f"  - {name}: {one_line(text)}" for name, text in values]
-        return "\n".join([one_line(self.catalogue.titles[item]), *lines])
+        return self.catalogue.text(item, self._chars, one_line)
 
 
 class QueryPrompts:

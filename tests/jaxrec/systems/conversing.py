@@ -3,11 +3,9 @@ flags of a small run."""
 
 import collections
 import contextlib
-import http.server
 import json
 import re
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -17,6 +15,7 @@ from jaxrec.data.dialogues import Dialogue, Turn
 from jaxrec.data.item_catalogue import ItemCatalogue
 from jaxrec.tools.user_prompts import UserPrompts
 from models.hf import Model
+from tests.jaxrec.systems import scripted_endpoint
 
 CRITIQUES = ("I would rather have another genre.", "Not these, please something older.", "Too long a film for me.")
 _WORDS = 6000  # of a tokenizer
@@ -60,41 +59,9 @@ def critique(prompt: str) -> tuple[str, str]:
     return CRITIQUES[len(talk) % len(CRITIQUES)], "stop"
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions"
-        (message,) = body["messages"]
-        with self.server.lock:
-            self.server.asked.append(message["content"])
-        said, finish = critique(message["content"])
-        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": finish}
-        out = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
-        self.send_response(self.server.status)
-        self.send_header("Content-Length", str(len(out)))
-        self.end_headers()
-        self.wfile.write(out)
-
-    def log_message(self, *args):
-        pass
-
-
-@contextlib.contextmanager
-def endpoint(status: int = 200) -> Iterator[http.server.ThreadingHTTPServer]:
+def endpoint(status: int = 200) -> contextlib.AbstractContextManager:
     """A server whose ``url`` is a teacher's; ``asked`` lists its prompts. status: of every answer."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads, server.asked, server.lock, server.status = True, [], threading.Lock(), status
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return scripted_endpoint.endpoint(lambda prompt, seed: (prompt, *critique(prompt)), status)
 
 
 def flags(model: Path, url: str, train: Path, test: Path, catalogue: Path | None = None, **settings) -> list[str]:

@@ -3,12 +3,10 @@ official scores of short answers, written anew."""
 
 import collections
 import contextlib
-import http.server
 import json
 import re
 import string
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -19,6 +17,7 @@ from jaxrec.tools.deep_search import ANNOTATE, SUMMARISE
 from models.hf import Model
 from rl.envs.search import instructions
 from rl.envs.tags import R1_SEARCHER_PP, SIMPLE_DEEP_SEARCHER
+from tests.jaxrec.systems import scripted_endpoint
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -65,41 +64,14 @@ def reply(text: str, seed: int) -> tuple[str, str]:
     return "author", said.replace("Ann", "Bob") if seed % 3 == 2 else said
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions"
-        (message,) = body["messages"]
-        role, said = reply(message["content"], body.get("seed", 0))
-        with self.server.lock:
-            self.server.asked.append((role, message["content"]))
-        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-        out = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(out)))
-        self.end_headers()
-        self.wfile.write(out)
-
-    def log_message(self, *args):
-        pass
-
-
-@contextlib.contextmanager
-def endpoint() -> Iterator[http.server.ThreadingHTTPServer]:
+def endpoint() -> contextlib.AbstractContextManager:
     """A server whose ``url`` is a teacher's; ``asked`` lists (role, text) of its requests."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-    server.daemon_threads, server.asked, server.lock = True, [], threading.Lock()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+
+    def answer(prompt: str, seed: int) -> tuple[tuple[str, str], str, str]:
+        role, said = reply(prompt, seed)
+        return (role, prompt), said, "stop"
+
+    return scripted_endpoint.endpoint(answer)
 
 
 def flags(folder: Path, model: Path, url: str, train: Path, test: Path, corpus: Path, **settings) -> list[str]:

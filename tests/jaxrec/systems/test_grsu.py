@@ -10,7 +10,7 @@ from jaxrec.config import UsageError, resolve_config, save_config
 from jaxrec.data.dialogues import Instance
 from jaxrec.evaluate import grsu as judging
 from jaxrec.systems import grsu as system
-from jaxrec.systems import recommender_rl
+from jaxrec.systems import model_run, recommender_rl
 from jaxrec.tools.conversation_search import SearchConfig, search
 from jaxrec.tools.crs.environment import talks
 
@@ -80,7 +80,7 @@ def test_a_finished_run_asks_nothing_again(done, this, monkeypatch):
         raise AssertionError("something was asked again")
 
     monkeypatch.setattr(system.ModelUser, "criticise", never)
-    monkeypatch.setattr(recommender_rl, "train", never)
+    monkeypatch.setattr(model_run, "train", never)
     monkeypatch.setattr(recommender_rl, "conversations", lambda this, user, name: (_policy(4), []))
     monkeypatch.setattr(system, "conversations", recommender_rl.conversations)
     again = system.run(config, folder, system.STAGES)

@@ -5,6 +5,7 @@ import pytest
 
 from jaxrec.data.dialogues import USER, Dialogue, Turn
 from jaxrec.tools.conversation import Criticise
+from jaxrec.tools.talk_task import annotate
 from jaxrec.tools.user_instructions import annotation_prompt
 from jaxrec.tools.user_prompts import UserPrompts
 from jaxrec.world import generate, world_config
@@ -92,17 +93,17 @@ def test_the_teacher_reads_dialogue_list_and_wish_from_the_prompt(talks, prompts
     """What it writes of the prompt is what it would say knowing all of it."""
     teacher, seen = Seeker(talks), 0
     for instance, shown in zip(talks.sample("train", 30), lists(talks, 30), strict=True):
-        text = teacher.annotate(annotation_prompt(prompts, instance, shown), 3)
+        text = annotate(teacher, prompts, annotation_prompt(prompts, instance, shown), 3)
         open_ = missed(talks, talks.stated(instance.dialogue), shown)
         said = talks.understand(text)
         assert said
         assert set(said) <= set(open_) or not open_
         seen += bool(open_)
-        assert text == teacher.annotate(annotation_prompt(prompts, instance, shown), 3)
+        assert text == annotate(teacher, prompts, annotation_prompt(prompts, instance, shown), 3)
     assert seen > 20
     # A list of the hidden item itself: only what the wish section says can be asked for.
     (instance,) = talks.sample("train", 1)
-    (more,) = talks.understand(teacher.annotate(annotation_prompt(prompts, instance, instance.labels * 2), 0))
+    (more,) = talks.understand(annotate(teacher, prompts, annotation_prompt(prompts, instance, instance.labels * 2), 0))
     assert values(talks, instance.labels[0])[more.attribute] == more.value
 
 
@@ -117,7 +118,7 @@ def test_errors_come_at_the_stated_rate(talks, prompts, error):
         open_ = missed(talks, stated, items)
         assert open_
         for seed in range(40):
-            (said,) = talks.understand(teacher.annotate(prompt, seed))
+            (said,) = talks.understand(annotate(teacher, prompts, prompt, seed))
             wrong += said not in stated
             expected += error * (1 - 1 / len(talks.world.values[said.attribute]))
     assert wrong == pytest.approx(expected, abs=3 * np.sqrt(800 * error * (1 - error)) + 0.06 * expected)
@@ -127,8 +128,8 @@ def test_errors_come_at_the_stated_rate(talks, prompts, error):
 def test_a_prompt_of_another_form_is_an_error(talks, prompts, section):
     (instance,) = talks.sample("train", 1)
     prompt = annotation_prompt(prompts, instance, (0, 1))
-    with pytest.raises(ValueError, match=f"a section '{section}', which is missing"):
-        Seeker(talks).annotate(prompt.replace(f"## {section}\n", "## Else\n"), 0)
+    with pytest.raises(ValueError, match=f"the section '{section.split()[0]}' is missing"):
+        annotate(Seeker(talks), prompts, prompt.replace(f"## {section}\n", "## Else\n"), 0)
 
 
 @pytest.mark.parametrize("settings", [{"error": -0.1}, {"error": 1.1}, {"most": 0}])

@@ -1,0 +1,49 @@
+"""A teacher behind an OpenAI-compatible address whose answers a function gives."""
+
+import contextlib
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# (prompt, seed) -> (what is noted of the request, what is said, why it ends)
+Answer = Callable[[str, int], tuple[Any, str, str]]
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions"
+        (message,) = body["messages"]
+        note, said, finish = self.server.answer(message["content"], body.get("seed", 0))
+        with self.server.lock:
+            self.server.asked.append(note)
+        choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": finish}
+        out = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
+        self.send_response(self.server.status)
+        self.send_header("Content-Length", str(len(out)))
+        self.end_headers()
+        self.wfile.write(out)
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def endpoint(answer: Answer, status: int = 200) -> Iterator[http.server.ThreadingHTTPServer]:
+    """A server whose ``url`` is a teacher's; ``asked`` lists what was noted of requests. status: of every answer."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.daemon_threads, server.asked, server.lock = True, [], threading.Lock()
+    server.answer, server.status = answer, status
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
