@@ -45,6 +45,7 @@ _EXPORTS = {
     "from_question": "heads",
     "gold_recall": "heads",
     "head_set": "heads",
+    "hide": "steering",
     "kape": "neurons",
     "knock_out": "flows",
     "knock_out_effects": "flows",

@@ -30,6 +30,7 @@ from models.sample import Session
 SCALINGS = ("bias_after_scale", "literal_eq8")
 ROWS = ("question_and_tail", "question_only", "include_generated")
 _NO_END = np.iinfo(np.int32).max
+_HIDDEN = -1e30  # far below any score, and far from the lowest number, which marks what a mask has closed
 
 
 @struct.dataclass
@@ -72,15 +73,20 @@ def bias(delta: float, config: Config, scaling: str = "bias_after_scale") -> flo
     return float(delta) * (config.score_scale if scaling == "literal_eq8" else 1.0)
 
 
+def _check_places(places: Sequence[Collection[int]], counts: np.ndarray) -> None:
+    if len(places) != len(counts):
+        raise ValueError(f"documents of {len(places)} prompts were given for a batch of {len(counts)}")
+    for b, (chosen, count) in enumerate(zip(places, counts.tolist())):
+        for i in chosen:
+            if not 0 <= i < count:
+                raise ValueError(f"prompt {b}: {i} is not one of its {count} documents")
+
+
 def _check_candidates(candidates: Sequence[Collection[int]], counts: np.ndarray) -> None:
-    if len(candidates) != len(counts):
-        raise ValueError(f"candidates of {len(candidates)} prompts were given for a batch of {len(counts)}")
+    _check_places(candidates, counts)
     for b, (chosen, count) in enumerate(zip(candidates, counts.tolist())):
         if not len(chosen):
             raise ValueError(f"prompt {b}: there are no candidates to steer towards; give at least one document")
-        for i in chosen:
-            if not 0 <= i < count:
-                raise ValueError(f"prompt {b}: candidate {i} is not one of its {count} documents")
         if len(set(chosen)) == count:
             warnings.warn(
                 f"prompt {b}: all {count} documents are candidates, so attention is only taken from other tokens",
@@ -120,15 +126,33 @@ def steer(
         check_heads(heads, config.layers, config.heads)
         on[:] = False
         on[tuple(np.array(list(heads), np.int32).reshape(-1, 2).T)] = True
-    document = np.asarray(prompts.document)
-    keys = np.stack([np.isin(row, list(chosen)) for row, chosen in zip(document, candidates)])
     end = {
         "question_and_tail": lengths, "question_only": np.asarray(prompts.ends), "include_generated": _NO_END,
     }[rows]  # fmt: skip
-    B, L = len(counts), config.layers
+    return _from_question(prompts, candidates, on * amount, end)
+
+
+def hide(config: Config, prompts: Prompts, documents: Sequence[Collection[int]]) -> dict[str, Steer]:
+    """The edit under which the question, what follows it in the prompt and what is generated do not see ``documents``,
+    places among each prompt's own (possibly none), while other documents still do: the knock-out by which arXiv
+    2505.10063 shows which documents a question reads.
+
+    What it gives is for the same places in a program as that of :func:`steer`. Raises ValueError for documents that a
+    prompt does not have.
+    """
+    _check_places(documents, np.asarray(prompts.counts))
+    return _from_question(prompts, documents, np.full((config.layers, config.heads), _HIDDEN), _NO_END)
+
+
+def _from_question(
+    prompts: Prompts, documents: Sequence[Collection[int]], amount: np.ndarray, end: np.ndarray | int
+) -> dict[str, Steer]:
+    """``amount`` [L, N] on the scores of documents' tokens in rows from the question to ``end``, by row or one."""
+    (L, _), B = amount.shape, len(documents)
+    keys = np.stack([np.isin(row, list(chosen)) for row, chosen in zip(np.asarray(prompts.document), documents)])
     by_layer = lambda x, dtype: jnp.asarray(np.broadcast_to(x, (L, *np.shape(x))), dtype)  # noqa: E731
     edit = Steer(
-        jnp.asarray(np.repeat(on[:, None] * amount, B, axis=1), jnp.float32), by_layer(keys, bool),
+        jnp.asarray(np.repeat(amount[:, None], B, axis=1), jnp.float32), by_layer(keys, bool),
         by_layer(np.asarray(prompts.starts), jnp.int32), by_layer(np.broadcast_to(end, (B,)), jnp.int32),
     )  # fmt: skip
     return {"attn.logits": edit}

@@ -30,6 +30,8 @@ METHODS = {
     "no_filter": "CAFE without stage 1",
     "random_order": "CAFE, random order",
     "original_order": "CAFE, original order",
+    "gold_hidden": "all documents, gold hidden from the question",
+    "others_hidden": "all documents, as many others hidden",
 }
 METRICS = ("sub_em", "f1", "gold_recall", "gold_last")
 _BINS = 5  # of the gold document's place
@@ -177,6 +179,9 @@ _COMPARED = (
     ("gold_recall", "stage1", "last", "low"),
     ("gold_recall", "stage1", "random_heads", ""),
     ("gold_last", "stage1", "bm25", "low"),
+    ("sub_em", "direct", "gold_hidden", "low"),
+    ("sub_em", "others_hidden", "gold_hidden", "low"),
+    ("sub_em", "others_hidden", "direct", ""),
 )
 _CRITERIA = {"low": "lower end of the paired 95 % interval over 0", "mean": "the mean is at least 0"}
 

@@ -12,8 +12,7 @@ import dataclasses
 import functools
 import json
 import math
-import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,17 @@ import numpy as np
 import models
 from analysis import heads as finding
 from analysis import steering
-from analysis.prompts import Prompt, Prompts, build_prompt, check_fits, pad_prompts, split_at_question
+from analysis.prompts import Prompt
 from jaxrec.config import UsageError, write_atomic
 from jaxrec.data.documents import FORMATS, Document, Question, read_questions
 from jaxrec.evaluate import cafe as judging
 from jaxrec.evaluate.cafe import Answer, best_last, bm25
 from jaxrec.systems import by_seed, world_lm
+from jaxrec.systems.cafe_reader import Heads, Places, answer, attention, make_prompts
 from models.layout import decode_weights
-from models.sample import bucket, decode, extend, prefill
-from models.sharding import make_mesh, to_host, use_mesh
-from models.stops import stop_table
+from models.sharding import make_mesh, use_mesh
 
 STAGES = ("detect", "filter", "steer", "evaluate")
-_MARK = "\ue000"  # stands for the prompt in a chat template
-
-Heads = Sequence[finding.Head]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,130 +153,6 @@ def check(config: Any) -> None:
         ) from error
 
 
-# --- Prompts, in batches of few shapes -------------------------------------------------------------------------------
-
-
-def make_prompts(this: Run, questions: Sequence[Question], orders: Sequence[Sequence[int]]) -> list[Prompt]:
-    """The prompt of each question with the documents of ``orders``, in that order. Texts of documents and questions
-    cannot forge control tokens. Raises ValueError for a prompt that, with its answer, is too long for the model."""
-    p, tokenizer = this.config.prompt, this.model.tokenizer
-    before, behind = p.system, p.cue
-    if p.chat:
-        before, _, behind = tokenizer.chat([{"role": "user", "content": f"{p.system}{_MARK}{p.cue}"}]).partition(_MARK)
-    system, instruction, cue = (tokenizer.encode(text) if text else [] for text in (before, p.instruction, behind))
-    out = []
-    for question, order in zip(questions, orders, strict=True):
-        texts = [
-            (p.between if place else "")
-            + p.document.format(title=question.documents[i].title, text=question.documents[i].text, number=place + 1)
-            for place, i in enumerate(order)
-        ]
-        *documents, asked = tokenizer.encode_batch(
-            [*texts, p.question.format(question=question.question)], specials=False
-        )
-        prompt = build_prompt(
-            documents, asked, system=system, instruction=instruction, cue=cue, name=f"question {question.id!r}"
-        )
-        check_fits(prompt, this.model.config, this.config.evaluate.max_new)
-        out.append(prompt)
-    return out
-
-
-def batches(prompts: Sequence[Prompt], size: int) -> Iterator[tuple[list[int], int]]:
-    """Numbers of ``size`` prompts of about equal length, and the width they are padded to, a power of two; the last
-    batch of a width is filled up by repeating a prompt, so that there is one shape per width."""
-    widths = np.array([1 << (len(p.tokens) - 1).bit_length() for p in prompts])
-    for width in np.unique(widths).tolist():
-        members = np.flatnonzero(widths == width).tolist()
-        for low in range(0, len(members), size):
-            part = members[low : low + size]
-            yield part + part[-1:] * (size - len(part)), width
-
-
-def attention(this: Run, prompts: Sequence[Prompt]) -> np.ndarray:
-    """alpha float32 [n, L, N, documents] of all prompts (``analysis.heads.question_attention``)."""
-    c, most = this.config, bucket(max(len(p.documents) for p in prompts), 4)
-    config = this.model.config
-    out = np.zeros((len(prompts), config.layers, config.heads, most), np.float32)
-    for part, width in batches(prompts, c.evaluate.batch_size):
-        padded = pad_prompts([prompts[i] for i in part], config, width=width, documents=most)
-        with use_mesh(this.mesh):
-            alpha = finding.question_attention(this.model.params, config, padded, c.detect.aggregation)
-        out[part] = to_host(alpha).transpose(1, 0, 2, 3)
-    return out
-
-
-def answer(this: Run, prompts: Sequence[Prompt], fine: Heads | None = None) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Greedy answers, and the places of the documents that were steered towards; with ``fine`` heads attention is
-    steered towards their candidates (arXiv 2505.10063, Eq. 7 to 9), without, nothing is."""
-    texts: list[str] = [""] * len(prompts)
-    places: list[tuple[int, ...]] = [()] * len(prompts)
-    rest = bucket(max(len(p.tokens) - p.question[0] for p in prompts))
-    most = bucket(max(len(p.documents) for p in prompts), 4)
-    for part, width in batches(prompts, this.config.evaluate.batch_size):
-        padded = pad_prompts([prompts[i] for i in part], this.model.config, width=width, documents=most)
-        with use_mesh(this.mesh):
-            said, chosen = _answer_batch(this, padded, [prompts[i].name for i in part], width, rest, fine)
-        for i, text, candidates in zip(part, said, chosen, strict=True):
-            texts[i], places[i] = text, candidates
-    return texts, places
-
-
-def _answer_batch(
-    this: Run, prompts: Prompts, names: Sequence[str], width: int, rest: int, fine: Heads | None
-) -> tuple[list[str], list[tuple[int, ...]]]:
-    """One batch: the documents once, the question to find candidates, the question again steered, the answer."""
-    c, config, weights, tokenizer = this.config, this.model.config, this.weights, this.model.tokenizer
-    before, starts, behind, counts = split_at_question(prompts)
-    before = np.pad(before, ((0, 0), (0, width - before.shape[1])))
-    behind = np.pad(behind, ((0, 0), (0, rest - behind.shape[1])))
-    longest, new = int(prompts.lengths.max()), c.evaluate.max_new
-    B = len(starts)
-    session = prefill(weights, config, before, starts, bucket(width + new))
-    chosen: list[tuple[int, ...]] = [()] * B
-    edit = None
-    if fine is None:
-        session = extend(weights, config, session, behind, counts, longest)
-    else:
-        kept = {"alpha": finding.from_question(prompts, c.detect.aggregation)}
-        session = extend(weights, config, session, behind, counts, longest, reduce=kept)
-        alpha = to_host(session.records["alpha"])
-        chosen = [
-            finding.fine_candidates(
-                alpha[:, b],
-                fine,
-                min(c.steer.per_head, int(prompts.counts[b])),
-                count=prompts.counts[b],
-                sample=names[b],
-            )
-            for b in range(B)
-        ]
-        edit = _steer(this, prompts, chosen)
-        session = steering.rewind(session, starts)
-        session = extend(weights, config, session, behind, counts, longest, edit=edit)
-    stops = stop_table(tuple(c.evaluate.stop), tuple(tokenizer.token_bytes())) if c.evaluate.stop else None
-    limits = np.full(B, new, np.int32)
-    out, _ = decode(
-        weights, config, session, jax.random.key(this.seed), limits, stops=stops, longest=longest, temperature=0.0,
-        edit=edit if c.steer.rows == "include_generated" else None,
-    )  # fmt: skip
-    out = to_host(out)
-    said = []
-    for tokens, count in zip(out.tokens, out.counts, strict=True):
-        ids = [i for i in tokens[:count].tolist() if i not in config.eos_ids]
-        text = tokenizer.decode(ids)
-        said.append(min((text.partition(stop)[0] for stop in c.evaluate.stop), key=len, default=text).strip())
-    return said, chosen
-
-
-def _steer(this: Run, prompts: Prompts, chosen: Sequence[Collection[int]]) -> dict[str, steering.Steer]:
-    s = this.config.steer
-    with warnings.catch_warnings():
-        # With few documents all may be candidates; the share of these is in the records.
-        warnings.simplefilter("ignore", UserWarning)
-        return steering.steer(this.model.config, prompts, chosen, s.delta, scaling=s.scaling, rows=s.rows)
-
-
 def filtered(this: Run, questions: Sequence[Question], alpha: np.ndarray, heads: Heads, order: str, seed: int = 0):
     """What the coarse filter keeps of each question (``analysis.heads.coarse_filter``)."""
     m = this.config.filter.per_head
@@ -396,14 +267,16 @@ def read_filter(this: Run) -> tuple[np.ndarray, list[tuple[int, ...]]]:
         return stored["alpha"], [tuple(line["order"]) for line in lines]
 
 
-def _answers(this: Run, method: str, orders: Sequence[Sequence[int]], fine: Heads | None) -> list[Answer]:
+def _answers(
+    this: Run, method: str, orders: Sequence[Sequence[int]], fine: Heads | None, hidden: Places | None = None
+) -> list[Answer]:
     """Answers of a method, from ``answers/<method>.jsonl`` where they are there."""
     path, questions = this.folder / "answers" / f"{method}.jsonl", this.questions["test"]
     if path.exists():
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [Answer(tuple(x["order"]), x["prediction"], tuple(x["candidates"])) for x in lines]
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts, places = answer(this, make_prompts(this, questions, orders), fine)
+    texts, places = answer(this, make_prompts(this, questions, orders), fine, hidden)
     out = [
         Answer(tuple(order), text, tuple(order[i] for i in chosen))
         for order, text, chosen in zip(orders, texts, places, strict=True)
@@ -451,6 +324,8 @@ def evaluate(this: Run) -> judging.SeedResult:
         "no_filter": lambda: (whole, fine),
         "random_order": lambda: (kept(coarse, "random", 7 * this.seed), fine),
         "original_order": lambda: (kept(coarse, "original"), fine),
+        "gold_hidden": lambda: (whole, None, [q.gold for q in questions]),
+        "others_hidden": lambda: (whole, None, _others(this.seed, questions)),
     }
     answers: dict[str, list[list[Answer]]] = {}
     for method in dict.fromkeys(("direct", "cafe", *this.config.evaluate.methods)):
@@ -466,6 +341,15 @@ def evaluate(this: Run) -> judging.SeedResult:
         with np.load(this.folder / "heads" / f"{stage}.npz", allow_pickle=False) as stored:
             scores[str(number)], lost = stored["eta"], int(stored["lost"])
     return judging.evaluate_seed(questions, answers, scores, alpha, coarse, lost, this.config, this.folder)
+
+
+def _others(seed: int, questions: Sequence[Question]) -> list[list[int]]:
+    """Of each question as many documents as are gold, drawn among those that are not (all of these, if fewer)."""
+    rng, out = np.random.Generator(np.random.PCG64([seed, 37])), []
+    for q in questions:
+        rest = [i for i in range(len(q.documents)) if i not in q.gold]
+        out.append(rng.permutation(rest)[: len(q.gold)].tolist())
+    return out
 
 
 def _random_heads(this: Run, coarse: Heads) -> list[list[finding.Head]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import models
-from analysis import build_prompt, pad_prompts, rewind, split_at_question, steer
+from analysis import build_prompt, hide, pad_prompts, rewind, split_at_question, steer
 from analysis.heads import from_question
 from analysis.steering import ROWS, bias, pasta
 from models import Config, attention
@@ -98,6 +98,26 @@ def test_delta_zero_changes_nothing(params):
         np.testing.assert_array_equal(
             run(params, batch, steer(CONFIG, batch, CANDIDATES, 0.0, scaling=scaling)).logits, plain
         )
+
+
+def test_what_is_hidden_from_the_question_cannot_change_what_follows_it(params):
+    prompts = [build_prompt([[7, 8], [9, 3], [12, 13]], [5, 6, 2], system=[1], cue=[4]), build_prompt([[7], [8]], [9])]
+    batch = pad_prompts(prompts, CONFIG)
+    last = [{2}, {1}]  # no other document reads these
+    other = batch.replace(tokens=np.where(batch.document == np.array([[2], [1]]), 33, batch.tokens))
+    behind = np.arange(batch.tokens.shape[1]) >= np.asarray(batch.starts)[:, None]
+    plain, changed = (np.asarray(run(params, b).logits)[behind] for b in (batch, other))
+    assert np.abs(plain - changed).max() > 0.1
+    hidden = [np.asarray(run(params, b, hide(CONFIG, batch, last)).logits) for b in (batch, other)]
+    np.testing.assert_array_equal(hidden[0][behind], hidden[1][behind])
+    np.testing.assert_array_equal(hidden[0][~behind], np.asarray(run(params, batch).logits)[~behind])
+    np.testing.assert_array_equal(run(params, batch, hide(CONFIG, batch, [(), ()])).logits, run(params, batch).logits)
+    probs = run(params, batch, hide(CONFIG, batch, last), record=("attn.probs",)).records["attn.probs"]
+    probs = np.asarray(probs).reshape(3, 2, 4, *probs.shape[-2:])
+    for b, (place,) in enumerate(last):
+        rows = probs[:, b][..., batch.question[b], :]
+        assert not rows[..., batch.document[b] == place].any()
+        np.testing.assert_allclose(rows.sum(-1), 1.0, atol=1e-5)
 
 
 def candidate_mass(params, batch, delta, config=CONFIG, **options):
@@ -284,9 +304,9 @@ def test_wrong_candidates_rows_and_heads_are_named():
     batch = batch_of()
     with pytest.raises(ValueError, match="prompt 1: there are no candidates"):
         steer(CONFIG, batch, [{1}, set()])
-    with pytest.raises(ValueError, match="prompt 1: candidate 3 is not one of its 3 documents"):
+    with pytest.raises(ValueError, match="prompt 1: 3 is not one of its 3 documents"):
         steer(CONFIG, batch, [{3}, {3}])
-    with pytest.raises(ValueError, match="candidates of 1 prompts were given for a batch of 2"):
+    with pytest.raises(ValueError, match="documents of 1 prompts were given for a batch of 2"):
         steer(CONFIG, batch, [{1}])
     with pytest.warns(UserWarning, match="prompt 1: all 3 documents are candidates"):
         steer(CONFIG, batch, [{1}, [0, 1, 2]])

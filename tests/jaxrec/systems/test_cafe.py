@@ -14,6 +14,7 @@ from jaxrec import cli
 from jaxrec.config import UsageError, resolve_config
 from jaxrec.evaluate.cafe import METHODS, best_last, bm25
 from jaxrec.systems import cafe, world_lm
+from jaxrec.systems.cafe_reader import answer, batches, make_prompts
 from models import sample
 from models.generation import generate_tokens
 from models.tokenizer import FastTokenizer
@@ -71,7 +72,7 @@ def test_every_stage_leaves_what_it_says(done, this):
     assert rows[METHODS["direct"]]["gold_recall"] == rows[METHODS["oracle"]]["gold_recall"] == 1.0
     recall = np.mean([line["gold_recall"] for line in kept])
     assert np.isclose(rows[METHODS["cafe"]]["gold_recall"], recall)
-    assert sum("criterion" in entry for entry in result["comparisons"]) == 8
+    assert sum("criterion" in entry for entry in result["comparisons"]) == 10
     figures = json.loads((folder / "figures.json").read_text())
     assert [figure["kind"] for figure in figures] == ["heatmap"] * 3 + ["lines"]
     assert np.shape(figures[0]["values"]) == shape
@@ -91,7 +92,7 @@ def test_run_again_computes_nothing_new_and_gives_the_same(done):
 def test_prompts_are_the_readers_own_text_in_any_order(this):
     question = this.questions["test"][0]
     order = [4, 0, 2]
-    (prompt,) = cafe.make_prompts(this, [question], [order])
+    (prompt,) = make_prompts(this, [question], [order])
     passages = "".join(f"Passage: {question.documents[i].text}\n" for i in order)
     text = f"{passages}Question: {question.question}"
     tokenizer = this.model.tokenizer
@@ -103,8 +104,8 @@ def test_prompts_are_the_readers_own_text_in_any_order(this):
 def test_answers_without_steering_are_those_of_plain_generation_and_compile_nothing_anew(this):
     questions = this.questions["test"]
     whole = [range(len(q.documents)) for q in questions]
-    prompts = cafe.make_prompts(this, questions, whole)
-    texts, places = cafe.answer(this, prompts)
+    prompts = make_prompts(this, questions, whole)
+    texts, places = answer(this, prompts)
     assert places == [()] * len(prompts)
     model = this.model
     out = generate_tokens(
@@ -115,11 +116,13 @@ def test_answers_without_steering_are_those_of_plain_generation_and_compile_noth
         full = model.tokenizer.decode(ids)
         assert text == full.partition("\n")[0].strip()
     fine = this.heads("fine").heads
-    cafe.answer(this, prompts, fine)
+    answer(this, prompts, fine)
     programs = sample._prefill, sample._extend, sample._decode
     sizes = [program._cache_size() for program in programs]
-    cafe.answer(this, prompts[::-1], fine)
-    cafe.answer(this, prompts[::-1])
+    answer(this, prompts[::-1], fine)
+    answer(this, prompts[::-1])
+    assert answer(this, prompts, hidden=[()] * len(prompts)) == (texts, places)
+    answer(this, prompts, hidden=[q.gold for q in questions])
     assert [program._cache_size() for program in programs] == sizes
 
 
@@ -153,7 +156,7 @@ def test_batches_hold_every_prompt_in_few_shapes():
             self.tokens = np.zeros(n)
 
     lengths = [5, 8, 9, 16, 17, 6, 7, 8]
-    found = list(cafe.batches([Long(n) for n in lengths], 3))
+    found = list(batches([Long(n) for n in lengths], 3))
     assert sorted({i for part, _ in found for i in part}) == list(range(8))
     assert all(len(part) == 3 for part, _ in found)
     assert [width for _, width in found] == [8, 8, 16, 32]
@@ -297,7 +300,7 @@ def test_squad_passages_through_the_whole_pipeline(tmp_path):
     assert rows[METHODS["bm25"]]["gold_recall"] > 0.8  # real questions share words with their passages
     this = cafe.Run(config, 0, tmp_path / "run", None)
     question = this.questions["test"][0]
-    (prompt,) = cafe.make_prompts(this, [question], [range(12)])
+    (prompt,) = make_prompts(this, [question], [range(12)])
     assert len(prompt.tokens) > 1000
     for document, span in zip(question.documents, prompt.documents, strict=True):
         assert document.text in tokenizer.decode(prompt.tokens[slice(*span)])
