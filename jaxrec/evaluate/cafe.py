@@ -15,6 +15,7 @@ from analysis.heads import document_scores, gold_recall
 from jaxrec.config import write_atomic
 from jaxrec.data.documents import Question
 from jaxrec.evaluate.answers import sub_em, token_f1
+from jaxrec.evaluate.figures import heatmap, lines
 from jaxrec.evaluate.ranking import paired_interval
 
 # What a method is called, and what it does.
@@ -126,9 +127,7 @@ def evaluate_seed(
 
 def _figures(questions, eta, alpha, heads) -> list[dict[str, Any]]:
     """Maps of eta, and of what H1 sees of the documents of some questions."""
-    out = [
-        _heatmap(f"Retrieval heads, stage {stage}", values, "layer", "head") for stage, values in eta.items()
-    ]  # fmt: skip
+    out = [heatmap(f"Retrieval heads, stage {stage}", values, "layer", "head") for stage, values in eta.items()]
     chosen = [i for i, q in enumerate(questions) if len(q.documents) == len(questions[0].documents)][:_SHOWN]
     rows = []
     for i in chosen:
@@ -140,13 +139,9 @@ def _figures(questions, eta, alpha, heads) -> list[dict[str, Any]]:
     width = min(map(len, rows))
     title = "Share of attention on documents"
     out.append(
-        _heatmap(title, np.array([row[:width] for row in rows]), "question", "gold first, then the others, best first")
+        heatmap(title, np.array([row[:width] for row in rows]), "question", "gold first, then the others, best first")
     )
     return out
-
-
-def _heatmap(title: str, values: np.ndarray, y: str, x: str) -> dict[str, Any]:
-    return {"kind": "heatmap", "title": title, "x": x, "y": y, "labels": None, "values": np.round(values, 5).tolist()}
 
 
 def _by_place(results: Sequence[SeedResult], methods: Sequence[str]) -> list[dict[str, Any]]:
@@ -159,8 +154,8 @@ def _by_place(results: Sequence[SeedResult], methods: Sequence[str]) -> list[dic
         right = np.concatenate([r.values[method]["sub_em"] for r in results])
         series[METHODS[method]] = [float(right[bins == b].mean()) for b in used]
     at = [(b + 0.5) / _BINS for b in used]
-    title, x = "SubEM by place of the gold document", "place in the whole prompt, 0 first, 1 last"
-    return [{"kind": "lines", "title": title, "x": x, "at": at, "series": series}]
+    x = "place in the whole prompt, 0 first, 1 last"
+    return [lines("SubEM by place of the gold document", series, x, at)]
 
 
 # The criteria: (metric, method, rival), on the lower end of the interval, or on the mean where that is said.

@@ -10,6 +10,7 @@ import numpy as np
 
 from analysis import experts
 from jaxrec.config import write_atomic
+from jaxrec.evaluate.figures import heatmap
 from jaxrec.evaluate.ranking import paired_interval
 from jaxrec.tools.world_model import judge
 from models.hf import Model
@@ -71,20 +72,15 @@ def _figures(found, masks, right, domains: list[str], config: Any) -> list[dict[
     out = []
     for name, statistics in found.items():
         share = statistics.score / statistics.score.sum(axis=1, keepdims=True)
-        out.append(_heatmap(f"Expert scores: {name}", np.sort(share)[:, ::-1], "layer", "expert, best first"))
+        out.append(heatmap(f"Expert scores: {name}", np.sort(share)[:, ::-1], "layer", "expert, best first"))
     keep = min(config.select.keep)
     own = {name: masks[name, "easy_ep", keep] for name in domains if (name, "easy_ep", keep) in masks}
     if own:
         title = f"Share of kept experts in common ({keep} kept)"
-        out.append(_heatmap(title, experts.overlap(own), "mask of", "mask of", labels=list(own)))
+        out.append(heatmap(title, experts.overlap(own), "mask of", "mask of", labels=list(own)))
         table = np.array([[right[name, "easy_ep", keep][other].mean() for other in domains] for name in own])
-        out.append(_heatmap(f"Accuracy with {keep} experts", table, "mask of", "questions of", labels=list(own)))
+        out.append(heatmap(f"Accuracy with {keep} experts", table, "mask of", "questions of", labels=list(own)))
     return out
-
-
-def _heatmap(title: str, values: np.ndarray, y: str, x: str, labels: list[str] | None = None) -> dict[str, Any]:
-    values = np.round(values, 5).tolist()
-    return {"kind": "heatmap", "title": title, "x": x, "y": y, "labels": labels, "values": values}
 
 
 def _mean(parts: list[Mapping[str, Any]], own: list[str]) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxrec.config import write_atomic
 from jaxrec.data.dialogues import Instance, spoken
 from jaxrec.evaluate.conversation import ARM_RANKINGS, KS, Judged, Ranking, judge, rank, summarize
+from jaxrec.evaluate.figures import lines
 from jaxrec.evaluate.ranking import paired_interval
 from jaxrec.tools.conversation import User
 from jaxrec.tools.conversation_search import Tree, replay
@@ -240,4 +241,4 @@ def _figures(results: Sequence[SeedResult]) -> list[dict[str, Any]]:
     rewards = {ARMS.get(name, FULL): reward(name) for name in results[0].judged}
     rewards = {name: values for name, values in rewards.items() if not np.isnan(values).any()}
     parts = (("What the search finds by depth", by_depth), ("Mean reward of the lists that are kept", rewards))
-    return [{"kind": "lines", "title": title, "x": "levels", "at": levels, "series": series} for title, series in parts]
+    return [lines(title, series, "levels", levels) for title, series in parts]

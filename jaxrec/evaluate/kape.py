@@ -13,6 +13,7 @@ import numpy as np
 from analysis.flows import Flow, stage_boundaries
 from analysis.neurons import CONDITIONS, deactivate
 from jaxrec.config import write_atomic
+from jaxrec.evaluate.figures import heatmap, lines
 from jaxrec.evaluate.ranking import paired_interval
 from jaxrec.tools.world_model import judge
 from models.hf import Model
@@ -157,31 +158,22 @@ def boundaries(flow: Flow, mass: bool = False) -> dict[str, int | None]:
     return dataclasses.asdict(found)
 
 
-def _lines(title: str, series: Mapping[str, Any], x: str = "layer") -> dict[str, Any]:
-    kept = {name: np.round(np.asarray(values, float), 6).tolist() for name, values in series.items()}
-    count = len(next(iter(kept.values())))
-    return {"kind": "lines", "title": title, "x": x, "at": list(range(count)), "series": kept}
-
-
 def flow_figure(name: str, flow: Flow) -> dict[str, Any]:
     """Flows from the key by layer, each divided by its maximum, with the boundaries of the stages in the title."""
     curves = {f"key to {target}": flow.curve("key", target) for target in ("context", "query", "answer")}
     shown = {key: curve / max(curve.max(), 1e-30) for key, curve in curves.items() if curve is not None}
     begins = ", ".join("-" if layer is None else str(layer) for layer in boundaries(flow).values())
-    return _lines(f"{name}; stages at {begins}", shown)
+    return lines(f"{name}; stages at {begins}", shown, "layer")
 
 
 def neuron_figures(entropy: np.ndarray, chosen: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Neurons chosen by layer and condition, and the lowest and the median finite entropy by layer."""
     counts = np.stack([chosen[name].sum(axis=1) for name in CONDITIONS])
-    out = [
-        {"kind": "heatmap", "title": "Neurons: internal (0), external (1)", "x": "layer", "y": "condition",
-         "labels": None, "values": counts.tolist()}
-    ]  # fmt: skip
+    out = [heatmap("Neurons: internal (0), external (1)", counts, "condition", "layer")]
     layers = [layer[np.isfinite(layer)] for layer in entropy]
     ends = {"lowest": np.min, "median": np.median}
     series = {name: [float(f(x)) if len(x) else np.log(2.0) for x in layers] for name, f in ends.items()}
-    return [*out, _lines("Entropy by layer (nats)", series)]
+    return [*out, lines("Entropy by layer (nats)", series, "layer")]
 
 
 def contribution_figures(parts: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -189,4 +181,4 @@ def contribution_figures(parts: Mapping[str, np.ndarray]) -> list[dict[str, Any]
     "mlp", float [L, 2], internal answer first."""
     names = {"attn": "MHA", "mlp": "MLP"}
     series = {f"{names[k]}, {CONDITIONS[y]}": parts[k][:, y] for k in names for y in range(2)}
-    return [_lines("Logit contributions, fake passages", series)]
+    return [lines("Logit contributions, fake passages", series, "layer")]

@@ -17,6 +17,7 @@ from jaxrec.config import write_atomic
 from jaxrec.data.qa import Question
 from jaxrec.evaluate import questions as judged
 from jaxrec.evaluate.answers import Protocol, cover_em
+from jaxrec.evaluate.figures import lines
 from jaxrec.evaluate.ranking import paired_interval
 from jaxrec.progress import progress
 from jaxrec.tools.rollouts import Rollout, from_state
@@ -230,5 +231,5 @@ def _figures(results: Sequence[SeedResult], names: Sequence[str], plan: Plan) ->
                 series[plan.names[name]] = [float(np.mean(part)) for part in of]
         if series:
             x = "facts of the question in the base model's text: all, some, none"
-            out.append({"kind": "lines", "title": title, "x": x, "at": [0, 1, 2], "series": series})
+            out.append(lines(title, series, x))
     return out
