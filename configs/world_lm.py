@@ -64,8 +64,9 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.train.router_balance = 0.01
         # Experts that a domain's tokens are drawn to in training, and the weight of the loss that draws them. Large
         # models have such experts by themselves; 0 switches the structure off.
-        c.train.domain_experts = 0 if variant == "moe_even" else 5
+        c.train.domain_experts = 0 if variant == "moe_even" else 8
         c.train.domain_weight = 0.1
+        c.train.muon_skip = ("e_gate", "e_up", "e_down")  # see rl.optimizer
     if variant in ("reader", "tiny_reader"):
         # Subjects and facts of training prompts are made up anew for each, so that only passages can answer. At most
         # ``distractors`` of them are about the subject without the answer, and about similarly named ones.

@@ -1,6 +1,7 @@
 """AdamW or Muon with gradient clipping and a schedule, the training state, and exact gradient accumulation."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,9 @@ class OptimizerConfig:
     # Above 0: the blocks' matrices take Muon's orthogonal steps (arXiv 2502.16982) of this size, on the same schedule,
     # and only the rest AdamW's. A model from scratch learns to copy several times sooner with it (0.03 works).
     muon_lr: float = 0.0
+    # Leaves that stay with AdamW all the same. Orthogonal steps make all of a layer's experts write about equally long
+    # outputs, so that these no longer tell which experts matter; with AdamW they differ as they do in published models.
+    muon_skip: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -47,6 +51,8 @@ class OptimizerConfig:
         for name in ("lr", "muon_lr"):
             if getattr(self, name) < 0 or not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be finite and at least 0, not {getattr(self, name)}")
+        if unknown := set(self.muon_skip) - set(_MATRICES):
+            raise ValueError(f"muon_skip: no {min(unknown)!r}; matrices that Muon takes: {', '.join(_MATRICES)}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must be at least 0, not {self.warmup_steps}")
         if self.schedule != "constant" and self.horizon_steps <= self.warmup_steps:
@@ -87,21 +93,22 @@ def _leaf_name(path: tuple) -> str:
     return str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1]))) if path else ""
 
 
-def _muon_axes(params: Any) -> Any:
+def _muon_axes(params: Any, skip: tuple[str, ...] = ()) -> Any:
     """Per leaf what Muon takes for its matrix: ``MuonDimensionNumbers``, or None for the leaves AdamW steps."""
 
     def axes(path, leaf):
-        ins, outs = _MATRICES.get(_leaf_name(path), ((), ()))
+        name = _leaf_name(path)
+        ins, outs = ((), ()) if name in skip else _MATRICES.get(name, ((), ()))
         fits = ins and min(ins) + len(ins) + len(outs) == getattr(leaf, "ndim", 0)
         return optax.contrib.MuonDimensionNumbers(ins, outs) if fits else None
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
-def _kinds(params: Any) -> Any:
+def _kinds(params: Any, skip: tuple[str, ...] = ()) -> Any:
     """ "muon" or "adamw" per leaf."""
     is_axes = lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)  # noqa: E731
-    return jax.tree.map(lambda axes: "adamw" if axes is None else "muon", _muon_axes(params), is_leaf=is_axes)
+    return jax.tree.map(lambda axes: "adamw" if axes is None else "muon", _muon_axes(params, skip), is_leaf=is_axes)
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -112,9 +119,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.muon_lr:
         matrices = optax.contrib.muon(
             learning_rate(config, config.muon_lr), weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=_muon_axes,
+            muon_weight_dimension_numbers=functools.partial(_muon_axes, skip=config.muon_skip),
         )  # fmt: skip
-        step = optax.multi_transform({"adamw": step, "muon": matrices}, _kinds)
+        kinds = functools.partial(_kinds, skip=config.muon_skip)
+        step = optax.multi_transform({"adamw": step, "muon": matrices}, kinds)
     return step if config.clip is None else optax.chain(optax.clip_by_global_norm(config.clip), step)
 
 

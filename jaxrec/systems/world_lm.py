@@ -69,8 +69,9 @@ def check(config: Any) -> None:
 def _optimizer(config: Any) -> OptimizerConfig:
     t = config.train
     return OptimizerConfig(
-        lr=t.lr, schedule="cosine", warmup_steps=max(1, t.steps // 20), horizon_steps=t.steps + 1, muon_lr=t.muon_lr
-    )
+        lr=t.lr, schedule="cosine", warmup_steps=max(1, t.steps // 20), horizon_steps=t.steps + 1, muon_lr=t.muon_lr,
+        muon_skip=tuple(t.get("muon_skip", ())),
+    )  # fmt: skip
 
 
 def base_config(spec: str, seed: int) -> Any:

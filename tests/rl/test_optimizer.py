@@ -40,20 +40,21 @@ def test_learning_rate_zero_leaves_every_bit():
     assert jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), jax.device_get(state.params), PARAMS))
 
 
-def test_muon_steps_every_layer_as_optax_steps_its_matrix():
+@pytest.mark.parametrize("skip", [(), ("e_down",)])
+def test_muon_steps_every_layer_as_optax_steps_its_matrix(skip):
     rng = np.random.default_rng(0)
     shapes = {"wq": (2, 8, 2, 4), "wo": (2, 2, 4, 8), "w_up": (2, 8, 16), "attn_norm": (2, 8), "embed": (12, 8)}
     shapes["e_down"] = (2, 3, 6, 8)  # every expert is a matrix of its own
     draw = lambda: {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}  # noqa: E731
     params, grads = draw(), draw()
-    config = OptimizerConfig(lr=1e-2, muon_lr=0.03, clip=None)
+    config = OptimizerConfig(lr=1e-2, muon_lr=0.03, muon_skip=skip, clip=None)
     state = optimizer.init_state(params, config)
     for _ in range(3):
         state, _ = optimizer.apply_gradients(state, grads, config)
 
     def matrices(tree):  # one plain [in, out] matrix per layer, which is all optax's Muon knows of
         flat = {"wq": (8, 8), "wo": (8, 8), "w_up": (8, 16)}
-        experts = {f"expert{n}{e}": tree["e_down"][n, e] for n in range(2) for e in range(3)}
+        experts = {f"expert{n}{e}": tree["e_down"][n, e] for n in range(2) for e in range(3) if not skip}
         return experts | {f"{name}{n}": tree[name][n].reshape(shape) for name, shape in flat.items() for n in range(2)}
 
     def run(referee, params, grads):
@@ -65,7 +66,7 @@ def test_muon_steps_every_layer_as_optax_steps_its_matrix():
 
     expected = run(optax.contrib.muon(0.03), matrices(params), matrices(grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), matrices(state.params), expected)
-    rest = lambda tree: {name: tree[name] for name in ("attn_norm", "embed")}  # noqa: E731
+    rest = lambda tree: {name: tree[name] for name in ("attn_norm", "embed", *skip)}  # noqa: E731
     expected = run(optax.adamw(1e-2, b1=0.9, b2=0.95, weight_decay=0.0), rest(params), rest(grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), rest(state.params), expected)
 
@@ -93,6 +94,7 @@ def test_schedules(options, points):
         ("lr", -1.0),
         ("lr", float("nan")),
         ("muon_lr", -0.1),
+        ("muon_skip", ("e_dwon",)),
         ("schedule", "cosine"),
         ("clip", 0.0),
         ("warmup_steps", -1),
