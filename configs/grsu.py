@@ -19,6 +19,8 @@ def _base() -> ConfigDict:
     c.seeds = (0,)
     c.runtime_fields = (
         "model.path", "data.train", "data.test", "data.catalogue", "teacher.url", "teacher.key_variable", "mesh",
+        "recommender.index.encoder", "recommender.writer.path", "recommender.writer.url",
+        "recommender.writer.key_variable", "recommender.policy.path",
     )  # fmt: skip
 
     c.model = ConfigDict()  # of the simulated user
@@ -51,14 +53,58 @@ def _base() -> ConfigDict:
     c.teacher.max_tokens = 256
 
     c.recommender = ConfigDict()
-    c.recommender.kind = "world"  # world (scripted), retrieval, sequential, or prompted (the teacher's endpoint)
+    c.recommender.kind = "world"  # world (scripted), retrieval, sequential, prompted, or policy: see the groups below
     c.recommender.k = 10  # items of a list
-    c.recommender.memory = 1  # of the user's turns, the last ones that world and retrieval read; 0: all
-    c.recommender.strength = 6.0  # world: of a wish, against the logarithm of popularity
-    c.recommender.heard = 0.5  # world: probability that a wish is heeded
-    c.recommender.temperature = 0.4  # world, retrieval: of the draw
-    c.recommender.keep = 0.6  # world: share of a list that must have a value in common for it to be kept in the next
-    c.recommender.min_ratio = 0.0  # prompted: names that match no title better than this (of 100) are left out
+    c.recommender.world = ConfigDict()  # hears the embedded world's words, and forgets
+    c.recommender.world.memory = 1  # of the user's turns, the last ones that are read; 0: all
+    c.recommender.world.strength = 6.0  # of a wish, against the logarithm of popularity
+    c.recommender.world.heard = 0.5  # probability that a wish is heeded
+    c.recommender.world.temperature = 0.4  # of the draw
+    c.recommender.world.keep = 0.6  # share of a list that must have a value in common for it to be kept in the next
+    c.recommender.index = ConfigDict()  # the search over all items that retrieval, policy and stage rl ask
+    c.recommender.index.encoder = ""  # Hugging Face folder of a BERT-family encoder; "" is BM25
+    c.recommender.index.instruction = ""  # encoder: put before every query
+    c.recommender.index.max_length = 300  # encoder: tokens of an item, title and attributes
+    c.recommender.index.pool = 100  # items that are looked at for a list, at least
+    c.recommender.index.exclude_mentioned = False  # leave out what the dialogue names
+    c.recommender.retrieval = ConfigDict()  # a query about the dialogue and the critique, answered by recommender.index
+    c.recommender.retrieval.queries = "turns"  # the user's own words; or written: by recommender.writer
+    c.recommender.retrieval.turns = 1  # turns: the user's last ones; 0: all
+    # Of the draw from the pool, in units of the search's scores; 0 takes the best. BM25's differ by units, an encoder's
+    # cosines by hundredths.
+    c.recommender.retrieval.temperature = 0.4
+    c.recommender.sequential = ConfigDict()  # a SASRec over the items that dialogues mention, which hears no words
+    c.recommender.sequential.exclude_mentioned = True
+    c.recommender.sequential.temperature = 0.4  # of the draw, in units of the scores
+    c.recommender.sequential.dim = 64
+    c.recommender.sequential.layers = 2
+    c.recommender.sequential.heads = 2
+    c.recommender.sequential.ffn_dim = 256
+    c.recommender.sequential.max_len = 50  # mentions that are looked back at
+    c.recommender.sequential.dropout = 0.5
+    c.recommender.sequential.attention_dropout = 0.5
+    c.recommender.sequential.lr = 1e-3
+    c.recommender.sequential.batch_size = 2048
+    c.recommender.sequential.epochs = 300
+    c.recommender.sequential.patience = 10  # epochs without a better NDCG@10 on the validation dialogues
+    c.recommender.prompted = ConfigDict()  # recommender.writer names titles
+    c.recommender.prompted.min_ratio = 0.0  # names that match no title better than this (of 100) are left out
+    c.recommender.writer = ConfigDict()  # who writes for prompted, and for retrieval with written queries
+    c.recommender.writer.path = ""  # Hugging Face folder of a model that is run here, or ...
+    c.recommender.writer.url = ""  # ... an OpenAI-compatible address ...
+    c.recommender.writer.model = ""  # ... and the model there; none of them: the teacher's endpoint
+    c.recommender.writer.key_variable = "OPENAI_API_KEY"
+    c.recommender.writer.temperature = 1.0
+    c.recommender.writer.top_p = 1.0
+    c.recommender.writer.max_tokens = 256
+    c.recommender.writer.tries = 5  # replies until one can be used, else that is an error
+    # A model of ours that learned to write queries. It knows nothing before stage rl, so stage synthesize, which comes
+    # first, takes retrieval's lists.
+    c.recommender.policy = ConfigDict()
+    c.recommender.policy.path = ""  # folder, as stage rl of another run leaves it; "" is the one of this run
+    c.recommender.policy.temperature = 1.0  # of the words
+    c.recommender.policy.max_new = 16  # tokens of a query
+    c.recommender.policy.tries = 5  # queries until one can be used, else that is an error
 
     c.prompts = ConfigDict()
     c.prompts.style = "short"  # for a small model that learned the protocol from examples; full instructs a chat model
@@ -138,7 +184,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.seeds = (0, 1, 2)
         c.rl.steps = 60
     if variant == "remembers":  # the effect's off-switch: a recommender that forgets nothing needs no reminding
-        c.recommender.memory = 0
+        c.recommender.world.memory = 0
     if variant == "tiny":  # seconds: for tests
         c.model.base = "world_lm:tiny_talker"
         c.data.update({"train_dialogues": 24, "valid_dialogues": 4, "test_dialogues": 4})
@@ -151,7 +197,9 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.search.depth = 5
         c.data.update({"source": "files", "train_dialogues": 4000, "valid_dialogues": 100, "test_dialogues": 200})
         c.model.update({"dtype": "bfloat16", "remat": "block"})
-        c.recommender.update({"kind": "retrieval", "memory": 2})
+        c.recommender.kind = "retrieval"
+        c.recommender.retrieval.turns = 2
+        c.recommender.policy.max_new = 48
         c.prompts.style = "full"
         c.synthesize.update({"rounds": 1, "scores": 1})
         c.sft.update({"length": 3072, "steps": 500, "batch_size": 32, "micro_batches": 8, "lr": 1e-6, "warmup": 50})

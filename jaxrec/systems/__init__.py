@@ -58,7 +58,7 @@ SYSTEMS = {
             "grsu",
             "GRSU",
             "a simulated user scores and critiques; beam search over conversations",
-            ("synthesize", "sft", "interact", "rl", "evaluate"),
+            ("synthesize", "sft", "rl", "interact", "evaluate"),
         ),
         System(
             "simple_deep_searcher",

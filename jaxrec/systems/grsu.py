@@ -2,8 +2,8 @@
 
     synthesize  instruction data for both actions of the simulated user, from training dialogues
     sft         one model learns both
-    interact    beam search over conversations with the test dialogues, and the searches it is compared with
     rl          off by default: a recommender that writes queries is trained against the simulated user
+    interact    beam search over conversations with the test dialogues, and the searches it is compared with
     evaluate    rankings of what the searches came across, paired intervals
 
 The paper's text and a part of its code were not at hand; what they leave open is decided in the modules that do the
@@ -26,6 +26,7 @@ from jaxrec.evaluate import grsu as judging
 from jaxrec.evaluate.conversation import arms
 from jaxrec.systems import by_seed, world_lm
 from jaxrec.systems.model_run import ModelRun
+from jaxrec.systems.recommender_kinds import KINDS, check_index, check_recommender, make_recommender
 from jaxrec.systems.recommender_rl import check_prompts, check_rl, conversations, reinforce
 from jaxrec.tools import search_task, talk_task
 from jaxrec.tools.conversation import Ask, Recommender, seed_of
@@ -45,7 +46,7 @@ from jaxrec.tools.user_instructions import (
 from jaxrec.tools.user_prompts import UserPrompts
 from models.sharding import make_mesh
 
-STAGES = ("synthesize", "sft", "interact", "rl", "evaluate")
+STAGES = ("synthesize", "sft", "rl", "interact", "evaluate")
 UNTUNED = "untuned"
 
 
@@ -68,10 +69,13 @@ class Run(ModelRun):
 
     @functools.cached_property
     def recommender(self) -> Recommender:
-        teacher = self.teacher if self.config.recommender.kind == "prompted" else None
-        folder = self.folder / "recommender"
-        chars = self.config.prompts.attribute_chars
-        return talk_task.make_recommender(self.config.recommender, self.task, folder, teacher, self.seed, chars)
+        return make_recommender(self, self.config.recommender.kind)
+
+    @functools.cached_property
+    def proposer(self) -> Recommender:
+        """Who recommends before anything is trained, in what the simulated user learns from and is judged by."""
+        kind = KINDS[self.config.recommender.kind].proposer
+        return make_recommender(self, kind) if kind else self.recommender
 
     def prompts(self, tokenizer: Any) -> UserPrompts:
         """What the simulated user is asked, in training and in the search."""
@@ -99,7 +103,7 @@ class Run(ModelRun):
             Ask(i.dialogue, seed=seed_of(self.seed, "first lists", i.dialogue.id), name=i.dialogue.id)
             for i in instances
         ]
-        return [reply.items for reply in self.recommender.recommend(asks)]
+        return [reply.items for reply in self.proposer.recommend(asks)]
 
 
 def check(config: Any) -> None:
@@ -109,18 +113,10 @@ def check(config: Any) -> None:
         raise UsageError(f"data.source={c.data.source!r} must be one of {', '.join(talk_task.SOURCES)}")
     if (c.data.source == "files") != bool(c.model.path):
         raise UsageError("model.path goes with data.source=files: the world's conversations need the world's own model")
-    if c.recommender.kind not in talk_task.RECOMMENDERS:
-        raise UsageError(f"recommender.kind={c.recommender.kind!r} must be one of {', '.join(talk_task.RECOMMENDERS)}")
     if c.data.source == "files":
         talk_task.check_files(c.data)
         search_task.endpoint(c.teacher)
-        if c.recommender.kind == "world":
-            raise UsageError("recommender.kind=world recommends items of the embedded world only; take another one")
-    elif c.recommender.kind in ("prompted", "sequential"):
-        raise UsageError(
-            f"recommender.kind={c.recommender.kind}: the world's dialogues name no items and its teacher recommends "
-            "none; take world or retrieval"
-        )
+    check_recommender(c)
     for name in c.evaluate.arms:
         if name not in judging.ARMS:
             raise UsageError(f"evaluate.arms: no {name!r}; known: {', '.join(judging.ARMS)}")
@@ -136,6 +132,8 @@ def check(config: Any) -> None:
             raise UsageError(f"{field}={c[part][name]} must not be negative")
     if c.synthesize.long not in ("drop", "error"):
         raise UsageError(f"synthesize.long={c.synthesize.long!r} must be drop or error")
+    if c.rl.steps:
+        check_index(c)
     search_config(c, 0)
     UserConfig(c.search.score, c.search.temperature, max_new=c.search.max_new)
     check_rl(c)
@@ -207,6 +205,7 @@ def check_room(this: Run, model: Any, prompts: UserPrompts) -> None:
         )
     if c.rl.steps:
         check_prompts(this, model)
+    KINDS[c.recommender.kind].room(this, model)
 
 
 def check_critiques(dropped: Mapping[str, int], kept: int) -> None:
@@ -246,7 +245,7 @@ def propose(
             for at, (i, own, text, before) in enumerate(zip(instances, shown, said, past, strict=True)) if text
         }  # fmt: skip
         if number + 1 < c.synthesize.rounds:
-            revised = dict(zip(asks, this.recommender.recommend(list(asks.values())), strict=True))
+            revised = dict(zip(asks, this.proposer.recommend(list(asks.values())), strict=True))
             lists = [revised[at].items if at in revised else own for at, own in enumerate(shown)]
     return rounds, critiques
 
@@ -320,7 +319,7 @@ def evaluate(this: Run) -> judging.SeedResult:
     return judging.evaluate_seed(this, interact(this), users, played)
 
 
-RECIPE = {"synthesize": synthesize, "sft": tune, "interact": interact, "rl": rl, "evaluate": evaluate}
+RECIPE = {"synthesize": synthesize, "sft": tune, "rl": rl, "interact": interact, "evaluate": evaluate}
 
 
 def run(config: Any, workdir: Path, stages: Sequence[str]) -> dict[str, Any] | None:

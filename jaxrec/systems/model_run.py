@@ -36,12 +36,14 @@ class ModelRun:
     def model(self, name: str) -> models.Model:
         """The model a stage left; "base" is the one that training starts from. Raises UsageError when that stage has
         not run."""
-        if name == "base":
-            return self.load(self.base)
+        return self.load(self.base if name == "base" else self.finished(name))
+
+    def finished(self, name: str) -> Path:
+        """The folder of the model that a stage left. Raises UsageError when it has not run."""
         path = self.checkpoint(name) / "model"
         if not path.exists():
             raise UsageError(f"stage {name!r} has not finished in {self.folder}: run --stages={name} first")
-        return self.load(path)
+        return path
 
     def load(self, path: str | Path) -> models.Model:
         """A model as it is trained: weights in float32, run in ``model.dtype``."""

@@ -90,11 +90,34 @@ def check_prompts(this: Any, model: Any) -> None:
         )
 
 
+def query_room(this: Any, model: Any) -> None:
+    """Raise UsageError where a conversation of the search might not fit into the context of a model that writes its
+    queries: the longest prompt, and in every round a query, the k longest items and a critique."""
+    c, prompts = this.config, query_prompts(this, model.tokenizer)
+    sizes = [len(ids) for ids in model.tokenizer.encode_batch(list(this.task.catalogue.titles))]
+    longest = sorted(range(len(sizes)), key=sizes.__getitem__)[-c.recommender.k :]
+    round_ = len(model.tokenizer.encode(prompts.show(longest, "x"))) + c.search.max_new + c.recommender.policy.max_new
+    dialogues = [instance.dialogue for instance in this.task.parts["test"]]
+    opening = max(len(ids) for ids in model.tokenizer.encode_batch([prompts.prompt(d) for d in dialogues]))
+    if (most := opening + c.search.depth * round_) > model.config.max_len:
+        raise UsageError(
+            f"recommender.kind=policy: a conversation of search.depth={c.search.depth} rounds may have {most} tokens, "
+            f"but the context of the model that writes queries holds {model.config.max_len}: lower rl.turns, "
+            "recommender.k, search.depth, search.max_new or recommender.policy.max_new"
+        )
+
+
+def searched_lists(this: Any) -> SearchedLists:
+    """Lists for queries, the best of what the search over items finds."""
+    c = this.config.recommender
+    search = item_search(c.index, this.task, c.k, this.folder / "recommender")
+    return SearchedLists(search, exclude_mentioned=c.index.exclude_mentioned)
+
+
 def environment(this: Any, user: User, tokenizer: Any) -> UserEnv:
-    """The conversation that a policy has; queries are answered by BM25 over names and attributes."""
+    """The conversation that a policy has."""
     c, prompts = this.config, query_prompts(this, tokenizer)
-    search = item_search(this.task, c.recommender.k, this.folder / "recommender")
-    return query_env(prompts, SearchedLists(search), user, c.recommender.k, rounds=c.rl.rounds, seed=this.seed)
+    return query_env(prompts, searched_lists(this), user, c.recommender.k, rounds=c.rl.rounds, seed=this.seed)
 
 
 def catalogue_words(catalogue: ItemCatalogue) -> frozenset[str]:

@@ -197,22 +197,23 @@ def world_searcher_teacher(task: SearchTask, config: SearcherConfig, path: Path)
     return StoredTeacher(ScriptedTeacher(roles(oracle), id=name), path)
 
 
-def endpoint(settings: Any) -> EndpointTeacher:
-    """The teacher behind an OpenAI-compatible address. Raises UsageError without an address, a model or a key."""
+def endpoint(settings: Any, name: str = "teacher") -> EndpointTeacher:
+    """The teacher behind an OpenAI-compatible address. name: of the settings in a config. Raises UsageError without an
+    address, a model or a key."""
     from jaxrec.tools.teacher import EndpointTeacher
 
     if not (settings.url and settings.model):
-        raise UsageError("teacher.url and teacher.model name the teacher: an OpenAI-compatible address and its model")
+        raise UsageError(f"{name}.url and {name}.model name an OpenAI-compatible address and the model there")
     try:
         return EndpointTeacher(settings.url, settings.model, key_env=settings.key_variable or None)
     except ValueError as error:
-        raise UsageError(f"teacher: {error}") from error
+        raise UsageError(f"{name}: {error}") from error
 
 
-def endpoint_teacher(settings: Any, path: Path) -> Teacher:
+def endpoint_teacher(settings: Any, path: Path, name: str = "teacher") -> Teacher:
     """:func:`endpoint` with its replies kept in a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return StoredTeacher(endpoint(settings), path)
+    return StoredTeacher(endpoint(settings, name), path)
 
 
 def teacher_sampling(settings: Any, seed: int) -> Sampling:

@@ -1,4 +1,4 @@
-"""What a recipe about conversations works on: instances over one catalogue, and who recommends in them."""
+"""What a recipe about conversations works on: instances over one catalogue, and a search over its items."""
 
 import collections
 import dataclasses
@@ -13,22 +13,19 @@ from jaxrec.config import UsageError
 from jaxrec.data.dialogue_formats import FORMATS, DialogueData, detect_format, read_parts
 from jaxrec.data.dialogues import SYSTEM, Dialogue, Instance, Turn
 from jaxrec.data.item_catalogue import ItemCatalogue
-from jaxrec.tools.conversation import Recommender, seed_of
-from jaxrec.tools.crs.prompted import PromptedConfig, PromptedRecommender
-from jaxrec.tools.crs.prompts import RecommenderPrompts
-from jaxrec.tools.crs.retrieval import ItemSearch, RetrievalRecommender, item_store, latest_turns
-from jaxrec.tools.crs.sequential import SequentialRecommender, fit_sequential, mention_counts
+from jaxrec.tools.conversation import seed_of
+from jaxrec.tools.crs.retrieval import ItemSearch, item_store
+from jaxrec.tools.search.base import Backend
+from jaxrec.tools.search.corpus import PassageStore
 from jaxrec.tools.teacher import ScriptedTeacher, StoredTeacher
 from jaxrec.tools.teacher.base import Request, Teacher
 from jaxrec.tools.user_instructions import read_annotation
 from jaxrec.tools.user_prompts import UserPrompts
 from jaxrec.world import generate, world_config
-from jaxrec.world.conversations import NAMES, Conversations, RecommenderConfig, TalkConfig, WorldRecommender
+from jaxrec.world.conversations import NAMES, Conversations, TalkConfig
 from jaxrec.world.seeker import Seeker, SeekerConfig
-from rl.recommender import RecommenderConfig as FitConfig
 
 SOURCES = ("world", "files")
-RECOMMENDERS = ("world", "retrieval", "sequential", "prompted")
 PARTS = ("train", "valid", "test")
 
 
@@ -128,33 +125,6 @@ def check_files(data: Any) -> None:
         raise UsageError("data.form=ievalm needs data.catalogue, a file *id2info.json: its turns name more than items")
 
 
-def make_recommender(
-    settings: Any, task: TalkTask, folder: Path, teacher: Teacher | None, seed: int, attribute_chars: int = 0
-) -> Recommender:
-    """Who recommends. teacher, attribute_chars: of kind "prompted", see :class:`RecommenderPrompts`. Raises UsageError
-    for a kind that the task has not."""
-    kind, k = settings.kind, settings.k
-    if kind == "sequential" and not task.parts["valid"]:
-        raise UsageError("recommender.kind=sequential needs data.valid_dialogues above 0, to know when to stop")
-    try:
-        if kind == "world":
-            names = ("k", "memory", "strength", "heard", "temperature", "keep")
-            return WorldRecommender(task.talks, RecommenderConfig(**{name: settings[name] for name in names}))
-        if kind == "retrieval":
-            turns = settings.memory or max(len(i.dialogue.turns) for part in task.parts.values() for i in part)
-            return RetrievalRecommender(item_search(task, k, folder, settings.temperature), latest_turns(turns))
-        if kind == "sequential":
-            train, valid = (told(task.parts[part]) for part in ("train", "valid"))
-            module = fit_sequential(train, valid, len(task.catalogue), FitConfig(seed=seed))
-            counts = mention_counts(train, len(task.catalogue))
-            return SequentialRecommender(module, counts, task.catalogue, k, temperature=settings.temperature)
-        prompts = RecommenderPrompts(task.catalogue, k, roles=task.roles, attribute_chars=attribute_chars)
-        config = PromptedConfig(k=k, min_ratio=settings.min_ratio)
-        return PromptedRecommender(teacher, task.catalogue, config, prompts=prompts)
-    except ValueError as error:
-        raise UsageError(f"recommender: {error}") from error
-
-
 def told(instances: Sequence[Instance]) -> list[Dialogue]:
     """Conversations as far as their instances tell, each once: the longest history, and what was recommended next."""
     longest: dict[str, Instance] = {}
@@ -167,15 +137,31 @@ def told(instances: Sequence[Instance]) -> list[Dialogue]:
     ]  # fmt: skip
 
 
-def item_search(task: TalkTask, k: int, folder: Path, temperature: float = 0.0) -> ItemSearch:
-    """BM25 over names and attributes of the items, built in ``folder`` where it is not there."""
+def item_search(settings: Any, task: TalkTask, k: int, folder: Path, temperature: float = 0.0) -> ItemSearch:
+    """A search over names and attributes of the items, its index built in ``folder`` where it is not there. settings:
+    encoder (a folder; "" is BM25), instruction, max_length and pool. Raises ValueError for an index of other items or
+    of another encoder."""
+    store = item_store(task.catalogue, folder / "items")
+    return ItemSearch(
+        task.catalogue, _dense(settings, store, folder / "items_dense") if settings.encoder else
+        _bm25(store, folder / "items_bm25"), k, temperature=temperature, pool=settings.pool,
+    )  # fmt: skip
+
+
+def _bm25(store: PassageStore, index: Path) -> Backend:
     from jaxrec.tools.search.bm25 import BM25Search, build_bm25
 
-    store, index = item_store(task.catalogue, folder / "items"), folder / "items_bm25"
-    return ItemSearch(
-        task.catalogue, BM25Search(store, index) if index.exists() else build_bm25(store, index), k,
-        temperature=temperature,
+    return BM25Search(store, index) if index.exists() else build_bm25(store, index)
+
+
+def _dense(settings: Any, store: PassageStore, index: Path) -> Backend:
+    from jaxrec.tools.search.dense import DenseSearch, build_dense, encoder_embedder
+
+    embedder = encoder_embedder(
+        settings.encoder, instruction=settings.instruction, max_length=settings.max_length
     )  # fmt: skip
+    build_dense(store, index, embedder)
+    return DenseSearch(store, index, embedder)
 
 
 def annotate(seeker: Seeker, prompts: UserPrompts, text: str, seed: int) -> str:

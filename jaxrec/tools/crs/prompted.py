@@ -9,7 +9,6 @@ from jaxrec.tools.conversation import Ask, Reply
 from jaxrec.tools.crs.prompts import RecommenderPrompts, bold_titles, without_speaker
 from jaxrec.tools.crs.retry import until_usable
 from jaxrec.tools.teacher.base import Answer, Failure, Request, Sampling, Teacher, ask_text
-from rl.envs.user import ListRequest
 
 
 def check_ratio(ratio: float) -> None:
@@ -97,15 +96,3 @@ def titled(
     found = catalogue.match(names, min_ratio)
     unsure = sum(match.ratio < UNSURE for match in found)
     return (tuple(match.item for match in found) if len(found) == k else None), unsure
-
-
-class TitledLists:
-    """The ``lists`` of ``rl.envs.user.UserEnv`` for a policy that writes titles in bold."""
-
-    def __init__(self, catalogue: ItemCatalogue, k: int, min_ratio: float = 0.0):
-        check_ratio(min_ratio)
-        self.catalogue, self.k, self.min_ratio = catalogue, k, min_ratio
-
-    def __call__(self, requests: Sequence[ListRequest]) -> list[tuple[int, ...] | None]:
-        """Items of each text, None for one without exactly k titles."""
-        return [titled(request.text, self.catalogue, self.k, self.min_ratio)[0] for request in requests]

@@ -139,11 +139,11 @@ class WrittenQueries:
     """Queries that a teacher writes behind an analysis. tries: replies until one holds a query."""
 
     def __init__(
-        self, teacher: Teacher, prompts: RecommenderPrompts, *, temperature: float = 1.0, max_tokens: int = 256,
-        tries: int = 5,
+        self, teacher: Teacher, prompts: RecommenderPrompts, *, temperature: float = 1.0, top_p: float = 1.0,
+        max_tokens: int = 256, tries: int = 5,
     ):  # fmt: skip
         self.teacher, self.prompts, self.tries = teacher, prompts, tries
-        self._sampling = Sampling(temperature=temperature, max_tokens=max_tokens)
+        self._sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
         self.counts: collections.Counter[str] = collections.Counter()
 
     def __call__(self, asks: Sequence[Ask]) -> list[str]:

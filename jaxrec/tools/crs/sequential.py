@@ -1,7 +1,9 @@
 """A trained recommender that goes by the items which a dialogue mentions, and hears no words."""
 
 import collections
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from jaxrec.tools.crs.prompts import check_k
 from jaxrec.tools.crs.retrieval import choose
 from jaxrec.tools.crs.retry import name_of
 from models.recsys import Popularity, Recommender, SASRec, SASRecConfig, SequenceModel, pad_histories
+from models.recsys.base import get_params, set_params
 from rl.recommender import RecommenderConfig, fit
 
 
@@ -54,6 +57,23 @@ def fit_sequential(
         return {training.select: float((1 / np.log2(places + 2)).sum() / len(found))}
 
     return fit(module, mention_samples(train, module.max_len), training, evaluate=evaluate).module
+
+
+def stored_sequential(
+    path: Path, items: int, settings: Mapping[str, Any], fit_it: Callable[[], SequenceModel]
+) -> SequenceModel:
+    """The module that :func:`fit_sequential` has once left in ``path`` with these settings; else what ``fit_it`` gives,
+    which is then kept there. Raises ValueError for a file of other sizes."""
+    if path.exists():
+        with np.load(path, allow_pickle=False) as kept:
+            blank = SASRec(SASRecConfig(num_items=items, **settings), rngs=nnx.Rngs(0))
+            return set_params(blank, {name: kept[name] for name in kept.files})
+    module = fit_it()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    np.savez(temporary, **{name: np.asarray(value) for name, value in get_params(module).items()})
+    os.replace(temporary, path)
+    return module
 
 
 class SequentialRecommender:

@@ -5,10 +5,11 @@ import collections
 import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 import models
 from jaxrec.data.dialogues import Dialogue, Turn
@@ -31,19 +32,42 @@ SIZES = {
 def tiny_folder(folder: Path, texts: Iterable[str], max_len: int = 8192) -> Path:
     """A random Qwen3 model of one layer, in float32. Its tokens are the frequent words of the texts, whole critiques,
     and the decisions; everything else is spelled."""
-    prompts = UserPrompts(ItemCatalogue(["x"], [{}]))
-    dialogue = Dialogue("", (Turn("user", "x"), Turn("system", "x")))
-    own = ["".join(prompts.score_prompt(dialogue, 0)), "".join(prompts.critique_prompt(dialogue, [0, 0]))]
-    own += [f"\n  - {name}: x" for name in prompts.catalogue.order]
-    found = collections.Counter(word for text in [*own * 1000, *texts] for word in re.findall(r"\s*[^\s,]+|,", text))
-    words = [word for word, _ in found.most_common(_WORDS)]
-    tokenizer = models.build_word_tokenizer([" Yes", " No", *CRITIQUES, *words])
+    tokenizer = _tokenizer(texts, CRITIQUES)
     config = models.Config(
         vocab_size=tokenizer.vocab_size, dim=16, layers=1, heads=4, kv_heads=2, head_dim=8, ffn_dim=24, qk_norm=True,
         init_std=0.05, max_len=max_len, eos_ids=tokenizer.eos_ids, family="qwen3",
     )  # fmt: skip
     models.save(Model(config, models.init(config, jax.random.key(0)), tokenizer), folder)
     return folder
+
+
+def parrot(
+    folder: Path, says: Sequence[str], texts: Iterable[str] = (), others: Sequence[str] = (), max_len: int = 8192
+) -> Path:
+    """A Qwen3 model of one layer that says one of these, with equal probability, and ends, whatever it has read; "Yes"
+    and "No" are equally likely. Its layer adds nothing, so that what comes next depends on the last token alone.
+    others: more tokens; models of one vocabulary share compiled programs."""
+    tokenizer = _tokenizer(texts, dict.fromkeys([*says, *others]))
+    config = models.Config(
+        vocab_size=tokenizer.vocab_size, dim=8, layers=1, heads=1, kv_heads=1, head_dim=8, ffn_dim=8, qk_norm=True,
+        init_std=0.0, max_len=max_len, eos_ids=tokenizer.eos_ids, family="qwen3", tie_embeddings=False,
+    )  # fmt: skip
+    params = models.init(config, jax.random.key(0))
+    said = np.array([tokenizer.encode(text) for text in says])[:, 0]
+    params["embed"] = params["embed"].at[:, 0].set(1.0).at[said].set(0.0).at[said, 1].set(1.0)
+    params["head"] = params["head"].at[0, said].set(30.0).at[1, tokenizer.eos_ids[0]].set(30.0)
+    models.save(Model(config, params, tokenizer), folder)
+    return folder
+
+
+def _tokenizer(texts: Iterable[str], whole: Iterable[str]):
+    prompts = UserPrompts(ItemCatalogue(["x"], [{}]))
+    dialogue = Dialogue("", (Turn("user", "x"), Turn("system", "x")))
+    own = ["".join(prompts.score_prompt(dialogue, 0)), "".join(prompts.critique_prompt(dialogue, [0, 0]))]
+    own += [f"\n  - {name}: x" for name in prompts.catalogue.order]
+    found = collections.Counter(word for text in [*own * 1000, *texts] for word in re.findall(r"\s*[^\s,]+|,", text))
+    words = [word for word, _ in found.most_common(_WORDS)]
+    return models.build_word_tokenizer([" Yes", " No", *whole, *words])
 
 
 def critique(prompt: str) -> tuple[str, str]:

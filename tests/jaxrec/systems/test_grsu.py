@@ -138,7 +138,7 @@ def test_auc_is_the_share_of_pairs_in_order(this):
         ("data.source=web", "data.source='web'"),
         ("model.path=x", "model.path goes with"),
         ("recommender.kind=oracle", "recommender.kind='oracle'"),
-        ("recommender.kind=prompted", "take world or retrieval"),
+        ("recommender.kind=prompted", "with data.source=world take one of world, retrieval, policy"),
         ("evaluate.ranking=median", "evaluate.ranking='median'"),
         ("synthesize.long=cut", "synthesize.long='cut'"),
         ("synthesize.rounds=0", "synthesize.rounds=0"),

@@ -215,21 +215,22 @@ def test_the_report_shows_dialogues_critiques_scores_and_rankings(done):
     assert all("conversation" in sample for sample in samples[3:])
 
 
-def test_a_sequential_recommender_goes_by_mentions(done, place):
-    work = place[0] / "sequential"
+def test_the_policy_that_was_trained_recommends_in_a_search(done, place):
+    """One run goes on with its own; another takes it from the folder that the first has left."""
+    work = place[0] / "policy"
     shutil.copytree(done[0], work, ignore=shutil.ignore_patterns("trees", "result.json", "report.html"))
-    changes = {"rl__steps": 0, "evaluate__arms": "('crs_alone',)", "data__valid_dialogues": 4}
-    flags = flags_of(place, recommender__kind="sequential", **changes)
-    config = resolve_config("grsu:small", flags)
-    result = grsu.run(config, work, ["interact", "evaluate"])
-    assert result["protocol"]["recommender"] == "sequential"
-    mentioned = {i.dialogue.id: set(i.dialogue.items) for i in grsu.Run(config, 0, work, None).task.parts["test"]}
-    for tree in read(work / "trees" / "full.jsonl"):
-        for node in tree["nodes"]:
-            assert not mentioned[tree["dialogue"]] & set(node["items"])
-    none = grsu.Run(resolve_config("grsu:small", [*flags, "--config.data.valid_dialogues=0"]), 0, work, None)
-    with pytest.raises(UsageError, match=r"sequential needs data\.valid_dialogues"):
-        _ = none.recommender
+    flags = flags_of(place, recommender__kind="policy", evaluate__arms="('crs_alone',)")
+    own = grsu.run(resolve_config("grsu:small", flags), work, ["interact", "evaluate"])
+    trees = read(work / "trees" / "full.jsonl")
+    assert all(len(set(node["items"])) == 3 for tree in trees for node in tree["nodes"])
+    assert any(node["critique"] for tree in trees for node in tree["nodes"])
+    shutil.rmtree(work / "trees")
+    path = done[0] / "checkpoints" / "rl" / "model"
+    flags += ["--config.rl.steps=0", f"--config.recommender.policy.path={path}"]
+    taken = grsu.run(resolve_config("grsu:small", flags), work, ["interact", "evaluate"])
+    assert read(work / "trees" / "full.jsonl") == trees
+    assert own["protocol"]["recommender"] == taken["protocol"]["recommender"] == "policy"
+    assert own["rows"][:2] == taken["rows"]
 
 
 def test_chat_over_a_run_on_files(done, monkeypatch, capsys):

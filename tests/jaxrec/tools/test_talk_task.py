@@ -8,8 +8,7 @@ from ml_collections import ConfigDict
 
 from jaxrec.config import UsageError
 from jaxrec.data.dialogues import USER, Dialogue, Instance, Turn
-from jaxrec.tools.conversation import Ask
-from jaxrec.tools.talk_task import check_files, file_task, make_recommender, told
+from jaxrec.tools.talk_task import check_files, file_task, told
 
 TITLES = [f"Film {chr(65 + number)} (2000)" for number in range(20)]
 
@@ -154,18 +153,3 @@ def test_told_holds_every_conversation_once_with_its_last_label():
     other = [Instance(Dialogue("y:1", said[:1]), (9,))]
     found = told([one[1], *other, one[0]])
     assert [(d.id, d.items) for d in found] == [("x", (1, 2, 3, 4, 5)), ("y", (1, 9))]
-
-
-def test_retrieval_hears_the_wanted_number_of_turns(data, tmp_path):
-    task = file_task(data, 0)
-    settings = ConfigDict({"kind": "retrieval", "k": 1, "memory": 1, "temperature": 0.0})
-    titles = task.catalogue.titles
-    dialogue = Dialogue("d", (Turn(USER, titles[3]), Turn(USER, titles[1])))
-    for memory, wanted in ((1, {1}), (0, {1, 3}), (2, {1, 3})):
-        settings.memory = memory
-        (reply,) = make_recommender(settings, task, tmp_path / "items", None, 0).recommend([Ask(dialogue)])
-        assert set(reply.items) <= wanted
-        assert (titles[3] in reply.text) == (memory != 1)
-    settings.k = 999
-    with pytest.raises(UsageError, match="recommender: k=999 must lie between 1"):
-        make_recommender(settings, task, tmp_path / "items", None, 0)

@@ -7,10 +7,9 @@ import pytest
 from jaxrec.data.dialogues import Dialogue, Turn
 from jaxrec.data.item_catalogue import ItemCatalogue
 from jaxrec.tools.conversation import Ask
-from jaxrec.tools.crs.prompted import PromptedConfig, PromptedRecommender, TitledLists
+from jaxrec.tools.crs.prompted import PromptedConfig, PromptedRecommender
 from jaxrec.tools.crs.prompts import RecommenderPrompts, bold_titles, without_speaker, written_query
 from jaxrec.tools.teacher import Failure, Reply, ScriptedTeacher
-from rl.envs.user import ListRequest, Talk
 
 TITLES = (
     "Toy Story (1995)",
@@ -184,14 +183,6 @@ def test_a_critique_reaches_a_recommender_that_obeys():
     )
     assert set(told.items) == horror
     assert horror.isdisjoint(untold.items)
-
-
-def test_lists_of_a_policy_that_writes_titles():
-    requests = [
-        ListRequest(Talk(0, TALK), text, (), "", (), 0)
-        for text in (bold("Heat (1995)", "Toy Stroy (1995)"), bold("Ran"), "x")
-    ]  # fmt: skip
-    assert TitledLists(CATALOGUE, 2)(requests) == [(1, 0), None, None]
 
 
 @pytest.mark.parametrize(
