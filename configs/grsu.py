@@ -19,6 +19,7 @@ def _base() -> ConfigDict:
     c.seeds = (0,)
     c.runtime_fields = (
         "model.path", "data.train", "data.test", "data.catalogue", "teacher.url", "teacher.key_variable", "mesh",
+        "user.url", "user.key_variable",
         "recommender.index.encoder", "recommender.writer.path", "recommender.writer.url",
         "recommender.writer.key_variable", "recommender.policy.path",
     )  # fmt: skip
@@ -51,6 +52,14 @@ def _base() -> ConfigDict:
     c.teacher.temperature = 0.7
     c.teacher.top_p = 1.0
     c.teacher.max_tokens = 256
+
+    c.user = ConfigDict()  # who scores and criticises, in searches and in stage rl
+    # tuned: what stage sft leaves. endpoint: a model behind an OpenAI-compatible address that gives log-probabilities,
+    # as it is and always with full prompts; stages synthesize and sft have nothing to do then.
+    c.user.kind = "tuned"
+    c.user.url = ""  # endpoint: where ...
+    c.user.model = ""  # ... and which; neither: the teacher's
+    c.user.key_variable = "OPENAI_API_KEY"
 
     c.recommender = ConfigDict()
     c.recommender.kind = "world"  # world (scripted), retrieval, sequential, prompted, or policy: see the groups below

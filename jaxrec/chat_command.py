@@ -9,12 +9,13 @@ from absl import flags
 from jaxrec import config as config_lib
 from jaxrec.config import UsageError
 
-USAGE = "chat --config=FILE[:variant] [--workdir=DIR] [--user=STAGE] [--seed=N] [--config.FIELD=VALUE ...]"
+USAGE = "chat --config=FILE[:variant] [--workdir=DIR] [--user=NAME] [--seed=N] [--config.FIELD=VALUE ...]"
 LINE = "talk to a conversational recommender, and see what the simulated user thinks of its lists"
 DETAILS = """  --config=FILE[:variant]   a config of GRSU: grsu, grsu:small, ...
   --workdir=DIR             folder of its run (default: runs/<system>-<variant>); its stages synthesize and sft must
                             have run
-  --user=STAGE              the simulated user: sft (default), or base, the model before training
+  --user=NAME               the simulated user: sft, or base, the model before training, or endpoint; default: the one
+                            that config.user.kind names
   --seed=N                  of lists and critiques (default 0)
   --config.FIELD=VALUE      sets a field of the config
 
@@ -25,7 +26,7 @@ def define(values: flags.FlagValues) -> None:
     """The command's options."""
     flags.DEFINE_string("config", None, "the config", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
-    flags.DEFINE_enum("user", "sft", ["sft", "base"], "the simulated user", flag_values=values)
+    flags.DEFINE_enum("user", None, ["sft", "base", "endpoint"], "the simulated user", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of lists and critiques", flag_values=values)
 
 
@@ -48,4 +49,4 @@ def run(values: Any, overrides: Sequence[str]) -> None:
     one = grsu.Run(
         config, config.seeds[0], folder / f"seed{config.seeds[0]}" if len(config.seeds) > 1 else folder, None
     )
-    chat(one.recommender, one.user(values.user), one.task.catalogue, ask=input, seed=values.seed)
+    chat(one.recommender, one.user(values.user or one.player), one.task.catalogue, ask=input, seed=values.seed)

@@ -51,7 +51,7 @@ def evaluate_seed(
     policies: Mapping[str, tuple[Mapping[str, np.ndarray], Sequence[Any]]],
 ) -> SeedResult:  # fmt: skip
     """All that is measured of one seed; values of every dialogue are kept in ``values.jsonl``. users: the simulated one
-    by stage, "base" and "sft". policies: values of a recommender's test conversations, and their final states."""
+    by name, the one that plays last. policies: values of a recommender's test conversations, and their final states."""
     instances, titles = this.task.parts["test"], this.task.catalogue.titles
     judged, summary = {}, {}
     for name, made in trees.items():
@@ -78,8 +78,9 @@ def evaluate_seed(
 def label_auc(
     user: User, instances: Sequence[Instance], items: int, proposed: Sequence[Sequence[int]], seed: int
 ) -> np.ndarray:
-    """float64 [instances]: the probability that a label is scored above another item, a tie counting half; half of the
-    others are drawn from the catalogue, half from what the recommender proposed."""
+    """float64 [instances]: the probability that a label is scored above another item, a tie counting half, and so does
+    an item without a score; half of the others are drawn from the catalogue, half from what the recommender
+    proposed."""
     rng = np.random.Generator(np.random.PCG64([seed, 37]))
     asked = []
     for instance, own in zip(instances, proposed, strict=True):
@@ -90,7 +91,7 @@ def label_auc(
     out = []
     for instance, scores in zip(instances, user.score([i.dialogue for i in instances], asked), strict=True):
         labels, others = scores[: len(instance.labels), None], scores[None, len(instance.labels) :]
-        out.append(np.mean((labels > others) + 0.5 * (labels == others)))
+        out.append(np.mean((labels > others) + 0.5 * ~((labels > others) | (labels < others))))
     return np.array(out)
 
 
@@ -209,9 +210,9 @@ def _comparisons(results: Sequence[SeedResult], ranking: str) -> list[dict[str, 
     )
     if len(results[0].depth) > 1:
         out.append(_entry(f"{FULL}, all levels - the first", "recall@50", deep, flat))
-    tuned, untuned = (np.concatenate([r.auc[name] for r in results]) for name in ("sft", "base"))
-    out.append(_entry("simulated user - chance", "AUC", tuned, np.full_like(tuned, 0.5)))
-    out.append(_entry("simulated user - before training", "AUC", tuned, untuned))
+    *others, player = (np.concatenate([r.auc[name] for r in results]) for name in results[0].auc)
+    out.append(_entry("simulated user - chance", "AUC", player, np.full_like(player, 0.5)))
+    out += [_entry("simulated user - before training", "AUC", player, other) for other in others]
     if results[0].policies:
         for metric, criterion in (("hit", True), ("hit_last", False), ("score", False)):
             after, before = (_joined(results, name, metric) for name in ("rl", "cold_start"))

@@ -29,10 +29,10 @@ from jaxrec.systems.model_run import ModelRun
 from jaxrec.systems.recommender_kinds import KINDS, check_index, check_recommender, make_recommender
 from jaxrec.systems.recommender_rl import check_prompts, check_rl, conversations, reinforce
 from jaxrec.tools import search_task, talk_task
-from jaxrec.tools.conversation import Ask, Recommender, seed_of
+from jaxrec.tools.conversation import Ask, Recommender, User, seed_of
 from jaxrec.tools.conversation_search import SearchConfig, Tree
 from jaxrec.tools.conversation_trees import search_all
-from jaxrec.tools.simulated_user import ModelUser, UserConfig
+from jaxrec.tools.simulated_user import ModelUser, TeacherUser, UserConfig
 from jaxrec.tools.talk_task import TalkTask
 from jaxrec.tools.teacher.base import Teacher
 from jaxrec.tools.user_instructions import (
@@ -48,6 +48,8 @@ from models.sharding import make_mesh
 
 STAGES = ("synthesize", "sft", "rl", "interact", "evaluate")
 UNTUNED = "untuned"
+ENDPOINT = "endpoint"
+USERS = {"tuned": ("base", "sft"), ENDPOINT: (ENDPOINT,)}  # that are judged, by user.kind; the last one plays
 
 
 class Run(ModelRun):
@@ -77,25 +79,42 @@ class Run(ModelRun):
         kind = KINDS[self.config.recommender.kind].proposer
         return make_recommender(self, kind) if kind else self.recommender
 
-    def prompts(self, tokenizer: Any) -> UserPrompts:
+    def prompts(self, tokenizer: Any, style: str = "") -> UserPrompts:
         """What the simulated user is asked, in training and in the search."""
         p = self.config.prompts
         return UserPrompts(
-            self.task.catalogue, p.style, roles=self.task.roles, feedback=p.feedback, tokenizer=tokenizer,
+            self.task.catalogue, style or p.style, roles=self.task.roles, feedback=p.feedback, tokenizer=tokenizer,
             turns=p.turns, attribute_chars=p.attribute_chars,
         )  # fmt: skip
 
+    @property
+    def player(self) -> str:
+        """The name of the user that plays in searches and in reinforcement learning."""
+        return USERS[self.config.user.kind][-1]
+
     @functools.cached_property
-    def _users(self) -> dict[str, ModelUser]:
+    def _users(self) -> dict[str, User]:
         return {}
 
-    def user(self, name: str) -> ModelUser:
-        """The simulated user that a stage left, or "base"; loaded once."""
+    def user(self, name: str) -> User:
+        """The simulated user that a stage left, "base", or "endpoint"; made once."""
         if name not in self._users:
-            model, s = self.model(name), self.config.search
+            s = self.config.search
             config = UserConfig(s.score, s.temperature, max_new=s.max_new)
-            self._users[name] = ModelUser(model, self.prompts(model.tokenizer), config, self.mesh)
+            if name == ENDPOINT:
+                self._users[name] = TeacherUser(self._served, self.prompts(None, "full"), config)
+            else:
+                model = self.model(name)
+                self._users[name] = ModelUser(model, self.prompts(model.tokenizer), config, self.mesh)
         return self._users[name]
+
+    @property
+    def _served(self) -> Teacher:
+        """The endpoint that plays the user."""
+        settings = self.config.user
+        if not (settings.url or settings.model):
+            return self.teacher
+        return search_task.endpoint_teacher(settings, self.folder / "user" / "replies.jsonl", "user")
 
     def first_lists(self, instances: Sequence[Instance]) -> list[tuple[int, ...]]:
         """What the recommender proposes for each, before anybody criticised it."""
@@ -111,11 +130,14 @@ def check(config: Any) -> None:
     c = config
     if c.data.source not in talk_task.SOURCES:
         raise UsageError(f"data.source={c.data.source!r} must be one of {', '.join(talk_task.SOURCES)}")
-    if (c.data.source == "files") != bool(c.model.path):
+    if c.user.kind not in USERS:
+        raise UsageError(f"user.kind={c.user.kind!r} must be one of {', '.join(USERS)}")
+    files, trains = c.data.source == "files", c.user.kind != ENDPOINT or c.rl.steps > 0
+    if (c.model.path and not files) or (trains and files and not c.model.path):
         raise UsageError("model.path goes with data.source=files: the world's conversations need the world's own model")
-    if c.data.source == "files":
+    if files:
         talk_task.check_files(c.data)
-        search_task.endpoint(c.teacher)
+    check_user(c)
     check_recommender(c)
     for name in c.evaluate.arms:
         if name not in judging.ARMS:
@@ -139,6 +161,24 @@ def check(config: Any) -> None:
     check_rl(c)
 
 
+def check_user(config: Any) -> None:
+    """Raise UsageError for a simulated user that cannot be asked, or not compared. No device is used."""
+    u, files = config.user, config.data.source == "files"
+    if u.kind == ENDPOINT and UNTUNED in config.evaluate.arms:
+        raise UsageError(
+            f"evaluate.arms: {UNTUNED} compares with the model before training, and user.kind={ENDPOINT} trains none; "
+            "leave it out"
+        )
+    if u.kind == ENDPOINT and (u.url or u.model):
+        search_task.endpoint(u, "user")
+    elif files:
+        search_task.endpoint(config.teacher)
+    elif u.kind == ENDPOINT:
+        raise UsageError(
+            f"user.kind={ENDPOINT}: the embedded world's teacher scores nothing; set user.url and user.model"
+        )
+
+
 def search_config(config: Any, seed: int) -> SearchConfig:
     """The search of the method itself."""
     s = config.search
@@ -151,7 +191,10 @@ def search_config(config: Any, seed: int) -> SearchConfig:
 
 
 def synthesize(this: Run) -> list[Instruction]:
-    """Instruction data as text rows; ``instructions.json`` says how many there are, and what was left out and why."""
+    """Instruction data as text rows; ``instructions.json`` says how many there are, and what was left out and why. None
+    for a user that is not trained."""
+    if this.player == ENDPOINT:
+        return []
     path = this.folder / "instructions.jsonl"
     if path.exists():
         return read_instructions(path)
@@ -269,8 +312,8 @@ def read_instructions(path: Path) -> list[Instruction]:
 
 
 def tune(this: Run) -> None:
-    """One model that scores and criticises."""
-    if (this.checkpoint("sft") / "model").exists():
+    """One model that scores and criticises; nothing for a user that is not trained."""
+    if this.player == ENDPOINT or (this.checkpoint("sft") / "model").exists():
         return
     rows, model, c = read_instructions(this.folder / "instructions.jsonl"), this.load(this.base), this.config
     end = model.config.eos_ids[0]
@@ -294,9 +337,9 @@ def searches(this: Run) -> dict[str, SearchConfig]:
 def interact(this: Run) -> dict[str, list[Tree]]:
     """Trees of every search, kept in ``trees/<name>.jsonl``; what is there is read back."""
     dialogues = [instance.dialogue for instance in this.task.parts["test"]]
-    tuned, out = this.user("sft"), {}
+    player, out = this.user(this.player), {}
     for name, config in searches(this).items():
-        user = this.user("base") if name == UNTUNED else tuned
+        user = this.user("base") if name == UNTUNED else player
         path = this.folder / "trees" / f"{name}.jsonl"
         out[name] = search_all(dialogues, this.recommender, user, config, path, batch=this.config.search.batch)
     return out
@@ -308,14 +351,14 @@ def interact(this: Run) -> dict[str, list[Tree]]:
 def rl(this: Run) -> None:
     """The recommender that writes queries; nothing with ``rl.steps=0``."""
     if this.config.rl.steps:
-        reinforce(this, this.user("sft"))
+        reinforce(this, this.user(this.player))
 
 
 def evaluate(this: Run) -> judging.SeedResult:
     """Rankings of every search, the simulated user's own scores, and the trained recommenders' conversations."""
-    users = {name: this.user(name) for name in ("base", "sft")}
+    users = {name: this.user(name) for name in USERS[this.config.user.kind]}
     names = judging.POLICIES if this.config.rl.steps else ()
-    played = {name: conversations(this, users["sft"], name) for name in names}
+    played = {name: conversations(this, users[this.player], name) for name in names}
     return judging.evaluate_seed(this, interact(this), users, played)
 
 

@@ -184,7 +184,9 @@ def reinforce(this: Any, user: User) -> None:
     target = this.checkpoint(TRAINED) / "model"
     if target.exists():
         return
-    env = environment(this, user, this.load(this.base).tokenizer)
+    base = this.load(this.base)
+    check_prompts(this, base)
+    env = environment(this, user, base.tokenizer)
     cold_start(this, env)
     model, r = this.model(COLD), this.config.rl
     settings, options, reward = policy_config(this.config, this.seed), rollout_config(r), UserReward(REWARDS[r.reward])

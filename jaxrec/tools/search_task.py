@@ -203,7 +203,8 @@ def endpoint(settings: Any, name: str = "teacher") -> EndpointTeacher:
     from jaxrec.tools.teacher import EndpointTeacher
 
     if not (settings.url and settings.model):
-        raise UsageError(f"{name}.url and {name}.model name an OpenAI-compatible address and the model there")
+        who = name.rpartition(".")[2]
+        raise UsageError(f"{name}.url and {name}.model name the {who}: an OpenAI-compatible address and its model")
     try:
         return EndpointTeacher(settings.url, settings.model, key_env=settings.key_variable or None)
     except ValueError as error:

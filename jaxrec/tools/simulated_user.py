@@ -264,7 +264,8 @@ class TeacherUser:
     prompts: of style "full" and without a tokenizer. Each item is a request of its own; a reply counts where it holds
     one decision, about this item, and is asked for again at temperature 1 where not, ``TRIES`` times in all. Scores
     come from the log-probabilities of the decision's token and of the likeliest beside it. counts: of what could not be
-    used, by reason. Raises ValueError for other prompts.
+    used, by reason. Raises ValueError for other prompts and, when asked, RuntimeError where a whole batch failed or the
+    teacher gave up: a teacher that is down is no user who has no opinion.
     """
 
     def __init__(self, teacher: Teacher, prompts: UserPrompts, config: UserConfig | None = None):
@@ -286,7 +287,7 @@ class TeacherUser:
         left = list(asked)
         for attempt in range(TRIES):
             again = {"temperature": 1.0, "seed": 42 + attempt} if attempt else {}
-            answers = self.teacher.ask([asked[pair].replace(**again) for pair in left]) if left else []
+            answers = self._answers([asked[pair].replace(**again) for pair in left])
             kept, left = zip(left, answers, strict=True), []
             for pair, answer in kept:
                 if isinstance(answer, Failure):
@@ -298,6 +299,17 @@ class TeacherUser:
         self.counts["no valid decision"] += len(left)
         every = iter(pairs)
         return [np.array([found[next(every)] for _ in own], np.float64) for own in items]
+
+    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
+        answers = self.teacher.ask(requests) if requests else []
+        failed = collections.Counter(answer.kind for answer in answers if isinstance(answer, Failure))
+        if failed["not_asked"] or (len(answers) > 1 and failed.total() == len(answers)):
+            last = next(answer for answer in reversed(answers) if isinstance(answer, Failure))
+            raise RuntimeError(
+                f"{self.teacher.id}, who plays the user, did not answer {failed.total()} of {len(answers)} requests "
+                f"({dict(failed)}; {last.message}): see that it does and run again; what it has said is kept"
+            )
+        return answers
 
     def _score(self, reply: Reply, item: int) -> float | None:
         """None for a reply that does not count."""
@@ -324,7 +336,7 @@ class TeacherUser:
 
         def sample(wanted: list[int], again: int) -> list[str]:
             asked = [self._criticise(texts[i], requests[i].seed, again) for i in wanted]
-            return [self._said(answer) for answer in self.teacher.ask(asked)]
+            return [self._said(answer) for answer in self._answers(asked)]
 
         return resampled([number[text] for text in texts], sample)
 

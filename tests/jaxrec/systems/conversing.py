@@ -19,6 +19,10 @@ from models.hf import Model
 from tests.jaxrec.systems import scripted_endpoint
 
 CRITIQUES = ("I would rather have another genre.", "Not these, please something older.", "Too long a film for me.")
+GENRES = ["comedy", "drama", "war"] * 4
+NAMES = ["Amber", "Broad", "Cold", "Dusty", "Early", "Far", "Green", "High", "Inner", "Jade", "Kind", "Last"]
+ROADS = [{"title": f"{name} Road (2001)", "genre": [genre]} for name, genre in zip(NAMES, GENRES, strict=True)]
+TITLES = [item["title"] for item in ROADS]
 _WORDS = 6000  # of a tokenizer
 SIZES = {
     "recommender.k": 3, "sft.length": 512, "sft.steps": 40, "sft.batch_size": 8, "sft.micro_batches": 1,
@@ -96,6 +100,25 @@ def flags(model: Path, url: str, train: Path, test: Path, catalogue: Path | None
         **SIZES, **{name.replace("__", "."): value for name, value in settings.items()},
     }  # fmt: skip
     return [f"--config.{name}={value}" for name, value in values.items()]
+
+
+def road_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """Files of six training and two test conversations about :data:`ROADS`, two instances each, and their texts."""
+    talks = [_road_talk(number, number % 12, (number + 5) % 12) for number in range(8)]
+    files = {
+        "train": lines(folder / "train.jsonl", talks[:6]), "test": lines(folder / "test.jsonl", talks[6:]),
+        "catalogue": lines(folder / "items.jsonl", ROADS),
+    }  # fmt: skip
+    return files, [turn["text"] for row in talks for turn in row["turns"]] + TITLES + GENRES
+
+
+def _road_talk(number: int, first: int, second: int) -> dict:
+    def turn(role: str, text: str, *items: int) -> dict:
+        return {"role": role, "text": text, "items": [TITLES[item] for item in items]}
+
+    said = f"A funny comedy, number {number}"
+    return {"id": f"talk:{number}", "turns": [turn("user", said), turn("system", "This?", first),
+                                              turn("user", "no drama"), turn("system", "That?", second)]}  # fmt: skip
 
 
 def lines(path: Path, rows: Iterable[dict]) -> Path:

@@ -9,6 +9,8 @@ from typing import Any
 
 # (prompt, seed) -> (what is noted of the request, what is said, why it ends)
 Answer = Callable[[str, int], tuple[Any, str, str]]
+# What is said -> its tokens, each (text, log-probability, [(text, log-probability) of the likeliest, ...]).
+Tokens = Callable[[str], list[tuple[str, float, list[tuple[str, float]]]]]
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -22,6 +24,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.asked.append(note)
         choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": finish}
+        if body.get("logprobs") and self.server.tokens:
+            choice["logprobs"] = {
+                "content": [
+                    {"token": t, "logprob": p, "top_logprobs": [{"token": o, "logprob": q} for o, q in top]}
+                    for t, p, top in self.server.tokens(said)
+                ]
+            }
         out = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
         self.send_response(self.server.status)
         self.send_header("Content-Length", str(len(out)))
@@ -33,11 +42,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def endpoint(answer: Answer, status: int = 200) -> Iterator[http.server.ThreadingHTTPServer]:
-    """A server whose ``url`` is a teacher's; ``asked`` lists what was noted of requests. status: of every answer."""
+def endpoint(
+    answer: Answer, status: int = 200, tokens: Tokens | None = None
+) -> Iterator[http.server.ThreadingHTTPServer]:
+    """A server whose ``url`` is a teacher's; ``asked`` lists what was noted of requests. status: of every answer.
+    tokens: for requests that want log-probabilities; None gives none."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads, server.asked, server.lock = True, [], threading.Lock()
-    server.answer, server.status = answer, status
+    server.answer, server.status, server.tokens = answer, status, tokens
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

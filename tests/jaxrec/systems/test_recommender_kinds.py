@@ -17,27 +17,15 @@ from jaxrec.tools.crs.retrieval import RetrievalRecommender, item_passages
 from jaxrec.tools.talk_task import item_search
 from models.encoder import load_encoder
 from tests.jaxrec.systems import conversing, scripted_endpoint
+from tests.jaxrec.systems.conversing import GENRES, ROADS, TITLES
 
 ENCODER = Path(__file__).resolve().parents[2] / "fixtures" / "encoder"
-NAMES = ["Amber", "Broad", "Cold", "Dusty", "Early", "Far", "Green", "High", "Inner", "Jade", "Kind", "Last"]
-GENRES = ["comedy", "drama", "war"] * 4
-ITEMS = [{"title": f"{name} Road (2001)", "genre": [g]} for name, g in zip(NAMES, GENRES, strict=True)]
-TITLES = [item["title"] for item in ITEMS]
 NAMED = "\n".join(f"{number}. **{title}**" for number, title in enumerate(TITLES[4:7], 1))
 CRITIQUE = " Rather an old drama."
 SIZES = {
     "data__valid_dialogues": 2, "evaluate__arms": "('crs_alone',)", "search__max_new": 4, "recommender__k": 3,
     "recommender__retrieval__temperature": 0, "search__batch": 2,
 }  # fmt: skip
-
-
-def talk(number: int, first: int, second: int) -> dict:
-    def turn(role: str, text: str, *items: int) -> dict:
-        return {"role": role, "text": text, "items": [TITLES[item] for item in items]}
-
-    said = f"A funny comedy, number {number}"
-    return {"id": f"talk:{number}", "turns": [turn("user", said), turn("system", "This?", first),
-                                              turn("user", "no drama"), turn("system", "That?", second)]}  # fmt: skip
 
 
 def answer(prompt: str, seed: int) -> tuple[str, str, str]:
@@ -52,13 +40,7 @@ def answer(prompt: str, seed: int) -> tuple[str, str, str]:
 def place(tmp_path_factory):
     """(files, models, server). models: one that criticises and those that recommend."""
     folder = tmp_path_factory.mktemp("kinds")
-    talks = [talk(number, number % 12, (number + 5) % 12) for number in range(8)]
-    files = {
-        "train": conversing.lines(folder / "train.jsonl", talks[:6]),
-        "test": conversing.lines(folder / "test.jsonl", talks[6:]),
-        "catalogue": conversing.lines(folder / "items.jsonl", ITEMS),
-    }
-    texts = [turn["text"] for row in talks for turn in row["turns"]] + TITLES + GENRES
+    files, texts = conversing.road_files(folder)
     says = {"user": CRITIQUE, "titles": NAMED, "query": "Analysis: funny\nQuery: war", "policy": " war\n"}
     models = {name: conversing.parrot(folder / name, [text], texts, list(says.values())) for name, text in says.items()}
     with scripted_endpoint.endpoint(answer) as server:
@@ -214,7 +196,7 @@ def test_an_index_of_other_items_is_refused(place, tmp_path):
     this = grsu.Run(config, 0, tmp_path, None)
     item_search(config.recommender.index, this.task, 3, tmp_path / "recommender")
     shutil.copytree(tmp_path / "recommender", tmp_path / "other" / "recommender")
-    rows = conversing.lines(tmp_path / "fewer.jsonl", ITEMS[:-1])
+    rows = conversing.lines(tmp_path / "fewer.jsonl", ROADS[:-1])
     other = grsu.Run(config_of((place[0] | {"catalogue": rows}, *place[1:])), 0, tmp_path / "other", None)
     with pytest.raises(UsageError, match="holds the items of another catalogue"):
         _ = other.recommender
