@@ -29,9 +29,9 @@ class Run:
     """The readable part of a workdir.
 
     metrics: one dict per (stage, step), in order of first appearance; trajectories: a selection, see `_select`;
-    result: result.json or None while there is none; stage_seconds: stage -> seconds in all, where known; notes:
-    what was odd about the files; figures: what the recipe wrote into figures.json to be drawn. Of a run with several
-    seeds, all but result and figures is the first seed's.
+    result: result.json or None while there is none; stage_seconds: stage -> seconds in all, where known; notes: what
+    was odd about the files, and what the recipe notes beside its result; figures: what the recipe wrote into
+    figures.json to be drawn. Of a run with several seeds, all but result and figures is the first seed's.
     """
 
     workdir: Path
@@ -102,6 +102,7 @@ def read_run(workdir: Path) -> Run:
     notes += [note] if note else []
     seconds = _stage_seconds(folder / "seconds.json")
     chosen, result, figures = _select(trajectories), _read_result(workdir), _read_figures(workdir)
+    notes += map(str, (result or {}).get("notes", ()))
     return Run(workdir, config, list(metrics.values()), chosen, result, seconds, notes, figures)
 
 

@@ -177,21 +177,25 @@ def judge(
 
 
 def summarize(judged: Judged, trees: Sequence[Tree]) -> dict[str, Any]:
-    """Means over instances, each with its 95 % bootstrap interval; what the searches cost, summed; the mean reward of
-    kept nodes by depth; the mean number of different items."""
+    """Means over instances, each with its 95 % bootstrap interval; what the searches cost, summed; levels that were
+    wanted, and those with fewer lists than beams, by reason; the mean reward of kept nodes by depth; the mean number of
+    different items."""
     means, intervals = {}, {}
     for name, values in judged.values.items():
         means[name], low, high = paired_interval(values, np.zeros_like(values))
         intervals[name] = [low, high]
     costs: collections.Counter[str] = collections.Counter()
+    short: collections.Counter[str] = collections.Counter()
     rewards: dict[int, list[float]] = collections.defaultdict(list)
     for tree in trees:
         costs.update(dataclasses.asdict(tree.costs()))
+        short.update(tree.short_levels())
         for node in tree.nodes:
             if node.kept:
                 rewards[node.depth].append(node.reward)
     return {
         "protocol": judged.protocol, **means, "intervals": intervals, "costs": dict(costs),
+        "short_levels": dict(short), "levels": sum(tree.config.depth for tree in trees),
         "kept_reward": {str(depth): math.fsum(values) / len(values) for depth, values in sorted(rewards.items())},
         "pool_size": costs["scored"] / len(trees),
     }  # fmt: skip

@@ -7,7 +7,7 @@ asked again but the simulated user about labels and other items, for its AUC.
 import collections
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,17 @@ def evaluate_seed(
     return SeedResult(judged, summary, depth, auc, values, samples)
 
 
+def short_levels(searches: Mapping[str, tuple[int, Mapping[str, int]]]) -> str:
+    """One line about levels of searches with fewer lists than beams; "" where there are none. searches: name ->
+    (levels that were wanted, short ones by reason)."""
+    parts = [
+        f"{ARMS.get(name, FULL)} {sum(short.values())} of {levels} "
+        f"({', '.join(f'{reason}: {count}' for reason, count in short.items())})"
+        for name, (levels, short) in searches.items() if short
+    ]  # fmt: skip
+    return "levels with fewer lists than beams: " + "; ".join(parts) if parts else ""
+
+
 def label_auc(
     user: User, instances: Sequence[Instance], items: int, proposed: Sequence[Sequence[int]], seed: int
 ) -> np.ndarray:
@@ -134,6 +145,7 @@ def _talk_sample(this: Any, name: str, state: Any) -> dict[str, Any]:
 def pool(config: Any, results: Sequence[SeedResult], workdir: Path) -> dict[str, Any]:
     """Means over dialogues of all seeds and paired intervals; written to result.json, with figures.json beside it."""
     first, ranking = results[0], config.evaluate.ranking
+    short = {name: _short(r.summary[name] for r in results) for name in first.judged}
     rows = [_row(results, name, ranking) for name in first.judged]
     rows += [
         {"name": POLICIES[name], **{_SHOWN[m]: float(_joined(results, name, m).mean()) for m in _SHOWN}}
@@ -152,6 +164,8 @@ def pool(config: Any, results: Sequence[SeedResult], workdir: Path) -> dict[str,
             strategy: {m: _mean(results, "full", strategy, m) for m in ("recall@10", "ndcg@10", "recall@50")}
             for strategy in STRATEGIES
         },
+        "short_levels": {name: {"levels": levels, **why} for name, (levels, why) in short.items()},
+        "notes": [line for line in [short_levels(short)] if line],
         "auc": {name: float(np.concatenate([r.auc[name] for r in results]).mean()) for name in first.auc},
         "samples": [sample for r in results for sample in r.samples],
     }  # fmt: skip
@@ -175,6 +189,15 @@ def _mean(results: Sequence[SeedResult], name: str, ranking: str, metric: str) -
 
 def _joined(results: Sequence[SeedResult], policy: str, metric: str) -> np.ndarray:
     return np.concatenate([r.policies[policy][metric] for r in results])
+
+
+def _short(summaries: Iterable[Mapping[str, Any]]) -> tuple[int, dict[str, int]]:
+    """(levels, short ones by reason) of all seeds."""
+    levels, short = 0, collections.Counter()
+    for summary in summaries:
+        levels += summary["levels"]
+        short.update(summary["short_levels"])
+    return levels, dict(short)
 
 
 def _row(results: Sequence[SeedResult], name: str, ranking: str) -> dict[str, Any]:

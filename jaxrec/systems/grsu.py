@@ -335,6 +335,16 @@ def searches(this: Run) -> dict[str, SearchConfig]:
 
 
 def interact(this: Run) -> dict[str, list[Tree]]:
+    """:func:`search_trees`, and a line about levels that came out short."""
+    made = search_trees(this)
+    short = {name: (sum(tree.config.depth for tree in trees), _total(t.short_levels() for t in trees))
+             for name, trees in made.items()}  # fmt: skip
+    if line := judging.short_levels(short):
+        print(f"interact: {line}")
+    return made
+
+
+def search_trees(this: Run) -> dict[str, list[Tree]]:
     """Trees of every search, kept in ``trees/<name>.jsonl``; what is there is read back."""
     dialogues = [instance.dialogue for instance in this.task.parts["test"]]
     player, out = this.user(this.player), {}
@@ -359,7 +369,7 @@ def evaluate(this: Run) -> judging.SeedResult:
     users = {name: this.user(name) for name in USERS[this.config.user.kind]}
     names = judging.POLICIES if this.config.rl.steps else ()
     played = {name: conversations(this, users[this.player], name) for name in names}
-    return judging.evaluate_seed(this, interact(this), users, played)
+    return judging.evaluate_seed(this, search_trees(this), users, played)
 
 
 RECIPE = {"synthesize": synthesize, "sft": tune, "rl": rl, "interact": interact, "evaluate": evaluate}

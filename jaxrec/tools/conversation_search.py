@@ -12,7 +12,6 @@ import collections
 import dataclasses
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue, Turn
@@ -20,6 +19,11 @@ from jaxrec.tools.conversation import Ask, Criticise, Recommender, Reply, User, 
 
 REWARDS = ("relevance", "relevance-max", "random")
 FEEDBACK = ("negative", "none")
+
+# Why a level has fewer lists than beams.
+SHORT = (
+    "fewer first lists than beams", "no critique could be had", "too few lists to revise", "the search had ended",
+)  # fmt: skip
 
 Path = tuple[int, ...]
 
@@ -115,7 +119,7 @@ class Node:
 class Costs:
     """lists: that were asked for. tries: how often, until they were well formed. critiques: that were asked for; empty:
     those that could not be had. scored: different items; unscored: those without a score. unscored_nodes: lists without
-    any. unsure: names that matched no title well. short_levels: those with fewer lists than beams."""
+    any. unsure: names that matched no title well."""
 
     lists: int
     tries: int
@@ -125,7 +129,6 @@ class Costs:
     unscored: int
     unscored_nodes: int
     unsure: int
-    short_levels: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +154,6 @@ class Tree:
 
     def costs(self) -> Costs:
         scores = {item: score for node in self.nodes for item, score in zip(node.items, node.scores)}
-        levels = collections.Counter(node.depth for node in self.nodes)
         revised = sum(bool(node.critique) for node in self.nodes)
         return Costs(
             lists=len(self.nodes), tries=sum(node.tries for node in self.nodes),
@@ -159,10 +161,27 @@ class Tree:
             scored=len(scores), unscored=sum(map(math.isnan, scores.values())),
             unscored_nodes=sum(all(map(math.isnan, node.scores)) for node in self.nodes),
             unsure=sum(node.unsure for node in self.nodes),
-            short_levels=sum(
-                levels[depth] < self.config.beams for depth in {*levels, *(len(path) for path in self.skipped)}
-            ),
         )  # fmt: skip
+
+    def short_levels(self) -> dict[str, int]:
+        """Levels with fewer lists than beams, by reason (one of :data:`SHORT`). Those behind a level without any list
+        count too, but not those that ``patience`` left out."""
+        made = collections.Counter(node.depth for node in self.nodes)
+        missing = {len(path) for path in self.skipped}
+        ended = max(missing, default=0)  # above self.depth where no critique at all was to be had there
+        found: collections.Counter[str] = collections.Counter()
+        for depth in range(1, (self.config.depth if ended > self.depth else self.depth) + 1):
+            if made[depth] >= self.config.beams:
+                continue
+            if depth == 1:
+                found["fewer first lists than beams"] += 1
+            elif depth in missing:
+                found["no critique could be had"] += 1
+            elif depth > self.depth:
+                found["the search had ended"] += 1
+            else:
+                found["too few lists to revise"] += 1
+        return dict(found)
 
 
 def search(dialogues: Sequence[Dialogue], recommender: Recommender, user: User, config: SearchConfig) -> list[Tree]:
@@ -170,7 +189,8 @@ def search(dialogues: Sequence[Dialogue], recommender: Recommender, user: User, 
 
     Raises ValueError for a dialogue without turns, ids that occur twice, a recommender of another k, and answers that
     break the protocols (:mod:`jaxrec.tools.conversation`); RuntimeError where a level has fewer lists than beams, since
-    critiques are missing. With ``allow_shrink`` that is a warning, and a search that has no new list ends.
+    critiques are missing. With ``allow_shrink`` such levels are counted (:meth:`Tree.short_levels`), and a search that
+    has no new list ends.
     """
     check_dialogues(dialogues)
     if recommender.k != config.k:
@@ -186,14 +206,7 @@ def search(dialogues: Sequence[Dialogue], recommender: Recommender, user: User, 
         _score(active, user)
         for tree in active:
             tree.prune(depth)
-    trees = [tree.finish() for tree in growing]
-    if config.allow_shrink and (short := [tree for tree in trees if tree.costs().short_levels]):
-        warnings.warn(
-            f"{len(short)} of {len(trees)} searches had levels with fewer lists than {config.beams} beams, "
-            f"e.g. dialogue {short[0].dialogue}",
-            stacklevel=2,
-        )
-    return trees
+    return [tree.finish() for tree in growing]
 
 
 def replay(tree: Tree, beams: int | None = None, depth: int | None = None, released: bool = False) -> Tree:

@@ -189,6 +189,13 @@ def test_a_line_cut_short_is_left_out_and_reported(workdir: Path, page_source: s
     assert run.notes[0] in Page(page_source).text
 
 
+def test_what_a_recipe_notes_is_shown(workdir: Path):
+    result = json.loads((workdir / "result.json").read_text())
+    (workdir / "result.json").write_text(json.dumps(result | {"notes": ["3 of 4 <levels> were short"]}))
+    assert report.read_run(workdir).notes[-1] == "3 of 4 <levels> were short"
+    assert "3 of 4 &lt;levels&gt; were short" in report.build(workdir).read_text()
+
+
 def test_a_multibyte_character_cut_in_half_is_no_crash(tmp_path: Path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "\xc3')

@@ -92,6 +92,22 @@ def test_a_served_model_that_is_down_leaves_no_tree(files, tmp_path):
     assert not (tmp_path / "trees" / "full.jsonl").exists()
 
 
+def test_short_levels_are_counted_by_reason_and_told_in_one_line(files, tmp_path, capsys):
+    """Nobody criticises: of eight levels of four dialogues, the second ones are empty."""
+
+    def silent(prompt, seed):
+        note, said, finish = answer(prompt, seed)
+        return note, "" if note == "critique" else said, finish
+
+    with scripted_endpoint.endpoint(silent, tokens=tokens) as server:
+        result = grsu.run(config_of(files, server.url), tmp_path, ["interact", "evaluate"])
+    line = "levels with fewer lists than beams: GRSU 4 of 8 (no critique could be had: 4)"
+    assert [said for said in capsys.readouterr().out.splitlines() if "fewer lists" in said] == [f"interact: {line}"]
+    assert result["notes"] == [line]
+    assert result["short_levels"]["full"] == {"levels": 8, "no critique could be had": 4}
+    assert result["short_levels"]["crs_alone"] == {"levels": 4}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
