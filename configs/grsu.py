@@ -169,6 +169,11 @@ def _base() -> ConfigDict:
     c.rl.micro_batches = 1
     c.rl.advantage = "grpo"
     c.rl.clip = 0.2
+    # Weight of the KL divergence from the supervised start, which holds a policy back that learns to please the user's
+    # model and not the wish (0: off; GRPO's paper has 0.04), and its estimator: k3 is GRPO's, k2 and k3+ have the
+    # gradient of the divergence itself (rl.losses.kl_penalty).
+    c.rl.kl_coef = 0.0
+    c.rl.kl = "k3"
     c.rl.lr = 2e-4
     c.rl.warmup = 4
     c.rl.b2 = 0.99

@@ -4,16 +4,18 @@ The policy reads a dialogue and writes a query, a search answers it with a list,
 criticises the list, and the policy writes the next query. It starts from supervised traces of a heuristic that repeats
 what was said last and, by chance, some of what was said before. The reward may be the user's score, which is a model's
 opinion, or whether a list holds the hidden item; both are measured, to see whether the policy learned to please the one
-at the other's cost.
+at the other's cost. A KL penalty keeps it near its supervised start.
 """
 
 import collections
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import UsageError
@@ -51,6 +53,8 @@ def check_rl(config: Any) -> None:
             f"rl.max_total={r.max_total} must leave room behind rl.max_prompt={r.max_prompt}, and rl.max_new and "
             "rl.rounds must be at least 1"
         )
+    if not (math.isfinite(r.kl_coef) and r.kl_coef >= 0):
+        raise UsageError(f"rl.kl_coef={r.kl_coef} must be finite and not negative")
     if not 0 <= r.cold_recall <= 1:
         raise UsageError(f"rl.cold_recall={r.cold_recall} must lie between 0 and 1")
     policy_config(config, 0)
@@ -64,7 +68,7 @@ def policy_config(config: Any, seed: int) -> GRPOConfig:
         group_size=r.group_size, micro_batches=r.micro_batches, advantage=r.advantage, clip_low=r.clip,
         clip_high=r.clip, max_total=r.max_total, length_buckets=(r.max_total // 2, r.max_total),
         save_every=r.save_every, logprob_chunk=r.logprob_chunk, seed=seed, log_entropy=False,
-        max_env_errors=r.max_env_errors,
+        max_env_errors=r.max_env_errors, kl=r.kl, kl_coef=r.kl_coef,
     )  # fmt: skip
 
 
@@ -207,8 +211,9 @@ def reinforce(this: Any, user: User) -> None:
         }
         return trajectory, parts, info
 
-    shown = ("reward", "hit", "score_last", "failed_critique")
-    this.reinforce(TRAINED, model, settings, len(examples), play, r.steps, shown)
+    shown = ("reward", "hit", "score_last", "failed_critique", "kl_ref")
+    reference = jax.tree.map(jnp.copy, model.params) if r.kl_coef else None  # the state's buffers are given away
+    this.reinforce(TRAINED, model, settings, len(examples), play, r.steps, shown, ref_params=reference)
 
 
 def rollout_config(settings: Any, temperature: float = 1.0) -> RolloutConfig:

@@ -147,6 +147,8 @@ def test_auc_is_the_share_of_pairs_in_order(this):
         ("search.score=logit", "score"),
         ("rl.reward=stars", "rl.reward='stars'"),
         ("rl.max_total=10", "rl.max_total=10"),
+        ("rl.kl_coef=-0.1", "rl.kl_coef=-0.1 must be finite"),
+        ("rl.kl=k9", "kl must be one of"),
         ("data.wishes=9", "wishes=9"),
         ("recommender.k=65", "catalogue of 64"),
     ],
