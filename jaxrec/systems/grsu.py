@@ -345,13 +345,17 @@ def interact(this: Run) -> dict[str, list[Tree]]:
 
 
 def search_trees(this: Run) -> dict[str, list[Tree]]:
-    """Trees of every search, kept in ``trees/<name>.jsonl``; what is there is read back."""
+    """Trees of every search, kept in ``trees/<name>.jsonl``; what is there is read back, if the same recommender and
+    user, by kind and settings, played it (folders and addresses may change when a run is resumed)."""
     dialogues = [instance.dialogue for instance in this.task.parts["test"]]
     player, out = this.user(this.player), {}
+    players = json.dumps([this.config.recommender.to_dict(), this.config.user.to_dict()], sort_keys=True)
     for name, config in searches(this).items():
         user = this.user("base") if name == UNTUNED else player
         path = this.folder / "trees" / f"{name}.jsonl"
-        out[name] = search_all(dialogues, this.recommender, user, config, path, batch=this.config.search.batch)
+        out[name] = search_all(
+            dialogues, this.recommender, user, config, path, batch=this.config.search.batch, players=players
+        )  # fmt: skip
     return out
 
 
