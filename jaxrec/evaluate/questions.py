@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrec.config import write_atomic
 from jaxrec.data.lines import cut_torn_line, json_lines
 from jaxrec.data.qa import Question, check_ids
 from jaxrec.evaluate.answers import Protocol, cover_em, parse_verdict, score_answer
@@ -48,12 +49,10 @@ def contained(question: Question, rollout: Rollout) -> dict[str, bool]:
     }
 
 
-def score_question(
-    question: Question, rollout: Rollout, protocol: Protocol, reply: str | None = None
-) -> dict[str, Any]:
+def score_question(question: Question, rollout: Rollout, protocol: Protocol) -> dict[str, Any]:
     """The row of a question: its scores, both cover forms by words, the searches that were made ("searches") and how
     many of these the tool failed to answer ("failed_searches"), words and reflections of the policy, why the rollout
-    ended, and the judge's reply, None where it was not asked."""
+    ended, and the place of the judge's reply, see :func:`judge_rows`."""
     said = rollout.prediction
     cover = lambda form: cover_em(said, question.answers, form, protocol.normalization)  # noqa: E731
     return {
@@ -63,7 +62,7 @@ def score_question(
         "searches": rollout.search_count, "failed_searches": sum(search.failed for search in rollout.searches),
         "words": sum(len(turn.split()) for turn in rollout.policy),
         "alternatively": sum(count_reflections(turn)["alternatively"] for turn in rollout.policy),
-        "reason": rollout.reason, "contained": contained(question, rollout), "judge": reply,
+        "reason": rollout.reason, "contained": contained(question, rollout), "judge": None,
         "protocol": dataclasses.asdict(protocol),
     }  # fmt: skip
 
@@ -97,9 +96,10 @@ def evaluate_questions(
     """One row for each question, in their order.
 
     Rows that are in the file are taken from there; the other questions are played in batches and their rows appended
-    after each. ``progress(n)`` is called with the questions done. A judge that is unavailable gives None, and the row
-    is stored without a reply. Raises ValueError for ids that occur twice, for rows of other questions in the file, and
-    for rollouts that are not those of the batch, one each and in its order.
+    after each. ``progress(n)`` is called with the questions done. The judge is asked when all are played, see
+    :func:`judge_rows`; without one the rows that come back hold no replies, whatever the file holds. Raises ValueError
+    for ids that occur twice, for rows of other questions in the file, and for rollouts that are not those of the batch,
+    one each and in its order.
     """
     check_ids(questions)
     path = Path(path)
@@ -114,22 +114,38 @@ def evaluate_questions(
         rollouts = list(play(batch))
         if [rollout.id for rollout in rollouts] != [q.id for q in batch]:
             raise ValueError(f"{len(rollouts)} rollouts came back for {len(batch)} questions, or in another order")
-        replies: list[str | None] = [None] * len(batch)
-        if judge is not None:
-            replies = list(judge([(q, r.prediction) for q, r in zip(batch, rollouts)]))
-            if len(replies) != len(batch):
-                raise ValueError(f"the judge gave {len(replies)} replies to {len(batch)} questions")
-        new = [score_question(q, r, protocol, reply) for q, r, reply in zip(batch, rollouts, replies)]
+        new = [score_question(q, r, protocol) for q, r in zip(batch, rollouts)]
         _append(path, new)
         rows |= {row["id"]: row for row in new}
         if progress is not None:
             progress(len(questions) - len(left) + low + len(batch))
-    return [rows[q.id] for q in questions]
+    made = [rows[q.id] for q in questions]
+    return [{**row, "judge": None} for row in made] if judge is None else judge_rows(questions, made, judge, path)
+
+
+def judge_rows(questions: Sequence[Question], rows: Sequence[Row], judge: Judge, path: str | Path) -> list[Row]:
+    """The rows, one a question and in that order, with the judge's replies in them; the file is written anew where that
+    changes a row.
+
+    The judge is asked for all of them each time, so that another one's replies, and those that an earlier failure left
+    out, are replaced: one that keeps its replies answers from there. None stands where the judge failed.
+    """
+    replies = list(judge([(question, row["prediction"]) for question, row in zip(questions, rows, strict=True)]))
+    if len(replies) != len(rows):
+        raise ValueError(f"the judge gave {len(replies)} replies to {len(rows)} questions")
+    made = [{**row, "judge": reply} for row, reply in zip(rows, replies)]
+    if made != list(rows):
+        write_atomic(Path(path), _lines(made))
+    return made
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _append(path: Path, rows: Sequence[Row]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write(_lines(rows))
         file.flush()
         os.fsync(file.fileno())
 

@@ -147,8 +147,10 @@ def evaluate_seed(this: Any, names: Sequence[str], protocol: Protocol) -> SeedRe
         path = this.folder / "questions" / f"{name}.jsonl"
         with progress(len(this.task.test), f"evaluate: {name}") as step:
             rows[name] = judged.evaluate_questions(
-                this.task.test, play, path, protocol, batch_size=size, progress=_up_to(step)
+                this.task.test, play, path, protocol, judge=this.judge, batch_size=size, progress=_up_to(step)
             )
+        if this.judge is not None:
+            print(f"evaluate: {name}: judge: {judged.judge_score(rows[name])}")
         probes[name] = {kind: closed_book(this, model, part) for kind, part in facts.items() if part}
     return SeedResult(rows, probes)
 
@@ -162,8 +164,9 @@ def pool(config: Any, results: Sequence[SeedResult], workdir: Path, plan: Plan) 
             "part": "test", "samples": len(results[0].rows[names[0]]), "answers": "greedy, last box",
             "normalization": protocol.normalization, "cover": protocol.cover, "passages": config.env.test_k,
             "max_searches": config.env.max_searches, "source": config.data.source,
+            **_judged_by(config),
         },
-        "rows": [_means(results, name, plan) for name in names],
+        "rows": [_means(results, name, plan, bool(config.evaluate.judge)) for name in names],
         "comparisons": [c for rule in plan.compared if (c := _compared(results, plan, *rule)) is not None],
         "by_seed": [{n: judged.summarize(r.rows[n], protocol) for n in names} for r in results],
     }  # fmt: skip
@@ -172,12 +175,23 @@ def pool(config: Any, results: Sequence[SeedResult], workdir: Path, plan: Plan) 
     return result
 
 
-def _means(results: Sequence[SeedResult], name: str, plan: Plan) -> dict[str, Any]:
-    """A model's figures: metrics, searches a question (all that were made, and those of them that the tool failed to
-    answer), how often a right answer stands in what it wrote, found and read, all of them by kind of question, and its
-    probes."""
+def _judged_by(config: Any) -> dict[str, str]:
+    """The judge as the protocol names it; empty without one."""
+    if not config.evaluate.judge:
+        return {}
+    return {"judge": f"{config.evaluate.judge}, lasj is the share of True among its replies, invalid ones included"}
+
+
+def _means(results: Sequence[SeedResult], name: str, plan: Plan, judged_too: bool) -> dict[str, Any]:
+    """A model's figures: metrics, what a judge says of its answers (lasj, with the numbers of replies that are neither
+    True nor False and of questions without one), searches a question (all that were made, and those of them that the
+    tool failed to answer), how often a right answer stands in what it wrote, found and read, all of them by kind of
+    question, and its probes."""
     every = [row for r in results for row in r.rows[name]]
     entry = {"name": plan.names[name], **{k: float(np.mean([row[k] for row in every])) for k in judged.METRICS}}
+    if judged_too:
+        score = judged.judge_score(every)
+        entry |= {key: score[key] for key in ("lasj", "lasj_invalid", "lasj_missing")}
     for key, field in (("searches", "searches"), ("searches that failed", "failed_searches")):
         entry[key] = float(np.mean([row[field] for row in every]))
     for stage in judged.STAGES:

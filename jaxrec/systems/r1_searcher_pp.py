@@ -23,7 +23,7 @@ from jaxrec.config import UsageError
 from jaxrec.evaluate import search as judging
 from jaxrec.evaluate.answers import R1_SEARCHER, cover_em
 from jaxrec.systems import by_seed
-from jaxrec.systems.search_run import SearchRun, check_lengths, check_source
+from jaxrec.systems.search_run import SearchRun, check_judge, check_lengths, check_source
 from jaxrec.tools import search_task
 from jaxrec.tools.authors import rewrite_from_memory, select_rollouts, write_rollouts
 from jaxrec.tools.search_task import asked
@@ -91,6 +91,7 @@ def check(config: Any) -> None:
         if c.memory[name] < 0:
             raise UsageError(f"memory.{name}={c.memory[name]} must be at least 0")
     check_lengths(c)
+    check_judge(c)
     SearchOptions(k=c.env.k, max_searches=c.env.max_searches)
     SearchRewardConfig(eta=c.reward.eta, ddof=c.reward.ddof)
     policy_config(c, 0)

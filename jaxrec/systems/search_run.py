@@ -11,10 +11,13 @@ import models
 from jaxrec.chat import has_template
 from jaxrec.config import UsageError
 from jaxrec.data import qa
+from jaxrec.evaluate.answer_judge import teacher_judge
+from jaxrec.evaluate.questions import Judge
 from jaxrec.systems import world_lm
 from jaxrec.systems.model_run import ModelRun
 from jaxrec.tools import search_task
 from jaxrec.tools.search_task import SearchTask
+from jaxrec.tools.teacher import StoredTeacher
 from jaxrec.world.questions import SPLITS
 from models.sharding import use_mesh
 from rl.envs.search import SearchEnv, SearchOptions, State
@@ -50,6 +53,16 @@ class SearchRun(ModelRun):
             return search_task.world_task(facts, self.seed, counts, c.data.hops, folder)
         except ValueError as error:
             raise UsageError(f"data: {error}") from error
+
+    @functools.cached_property
+    def judge(self) -> Judge | None:
+        """Who judges answers beside the rules, None for nobody; replies are kept in ``teacher/judge.jsonl``."""
+        if not self.config.evaluate.judge:
+            return None
+        path = self.folder / "teacher" / "judge.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        asked = search_task.judge_endpoint(self.config.evaluate, self.config.teacher)
+        return teacher_judge(StoredTeacher(asked, path), self.config.teacher.max_tokens)
 
     def options(self, k: int, max_searches: int, on_error: str) -> SearchOptions:
         """The environment's rules."""
@@ -107,6 +120,12 @@ def check_source(config: Any) -> None:
         raise UsageError(f"data.source={source!r} must be one of {', '.join(search_task.SOURCES)}")
     if (source == "files") != bool(config.model.path):
         raise UsageError("model.path goes with data.source=files: the world's questions need the world's own model")
+
+
+def check_judge(config: Any) -> None:
+    """Raise UsageError where answers are to be judged and the judge has no address or key."""
+    if config.evaluate.judge:
+        search_task.judge_endpoint(config.evaluate, config.teacher)
 
 
 def check_lengths(config: Any) -> None:

@@ -28,7 +28,7 @@ from jaxrec.data.qa import Question
 from jaxrec.evaluate import search as judging
 from jaxrec.evaluate.answers import SIMPLE_DEEP_SEARCHER as PROTOCOL
 from jaxrec.systems import by_seed
-from jaxrec.systems.search_run import SearchRun, check_lengths, check_source
+from jaxrec.systems.search_run import SearchRun, check_judge, check_lengths, check_source
 from jaxrec.tools import authors, search_task
 from jaxrec.tools.curation import CurationConfig, curate, describe, faults
 from jaxrec.tools.deep_search import Annotated, Summariser, annotate
@@ -169,6 +169,8 @@ def check(config: Any, stages: Sequence[str] = STAGES) -> None:
         search_options(c, k, c.env.max_searches)
     if c.data.source == "files" and {*stages} - {"curate", "sft"}:
         search_task.check_files(c.data, c.teacher)
+    if "evaluate" in stages:
+        check_judge(c)
 
 
 # --- synthesize ------------------------------------------------------------------------------------------------------

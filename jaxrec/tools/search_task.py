@@ -211,6 +211,24 @@ def endpoint(settings: Any, name: str = "teacher") -> EndpointTeacher:
         raise UsageError(f"{name}: {error}") from error
 
 
+def judge_endpoint(evaluate: Any, teacher: Any) -> EndpointTeacher:
+    """The model ``evaluate.judge``, at ``evaluate.judge_url`` or else where the teacher is. Raises UsageError without
+    an address or a key."""
+    from jaxrec.tools.teacher import EndpointTeacher
+
+    own = bool(evaluate.judge_url)
+    url = evaluate.judge_url if own else teacher.url
+    if not url:
+        raise UsageError(
+            f"evaluate.judge={evaluate.judge!r} is a model at an OpenAI-compatible address: set evaluate.judge_url"
+        )
+    try:
+        key = evaluate.judge_key_variable if own else teacher.key_variable
+        return EndpointTeacher(url, evaluate.judge, key_env=key or None)
+    except ValueError as error:
+        raise UsageError(f"evaluate.judge: {error}") from error
+
+
 def endpoint_teacher(settings: Any, path: Path, name: str = "teacher") -> Teacher:
     """:func:`endpoint` with its replies kept in a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

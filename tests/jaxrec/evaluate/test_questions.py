@@ -39,12 +39,12 @@ def play(batch) -> list[Rollout]:
 
 
 def test_a_row_by_hand():
-    row = score_question(QUESTIONS[1], play([QUESTIONS[1]])[0], SIMPLE_DEEP_SEARCHER, "True")
+    row = score_question(QUESTIONS[1], play([QUESTIONS[1]])[0], SIMPLE_DEEP_SEARCHER)
     assert (row["prediction"], row["em"], row["cover"], row["cover_tokens"]) == ("Ann 1, I think", 0, 1, 1)
     assert row["f1"] == pytest.approx(2 * 2 / (4 + 2))
     assert (row["searches"], row["failed_searches"], row["words"], row["alternatively"]) == (1, 0, 8, 1)
     assert row["contained"] == {"plan": True, "pages": True, "summaries": False}
-    assert row["judge"] == "True"
+    assert row["judge"] is None
 
 
 def test_containment_reads_each_stage_apart():
@@ -86,6 +86,29 @@ def test_no_judge_is_missing_and_not_zero():
     assert judge_score(rows) == {"lasj": None, "lasj_count": 0, "lasj_invalid": 0, "lasj_missing": 3}
     rows = [{"judge": reply} for reply in ("False", "yes", "")]
     assert judge_score(rows) == {"lasj": 0.0, "lasj_count": 3, "lasj_invalid": 2, "lasj_missing": 0}
+
+
+def test_replies_are_added_to_rows_and_replaced_by_another_judges(tmp_path):
+    path, asked = tmp_path / "rows.jsonl", []
+
+    def judge(replies):
+        def ask(pairs):
+            asked.extend((q.id, said) for q, said in pairs)
+            return replies
+
+        return ask
+
+    plain = evaluate_questions(QUESTIONS, play, path, R1_SEARCHER)
+    first = evaluate_questions(QUESTIONS, None, path, R1_SEARCHER, judge=judge(["True", None, "False", "False"]))
+    assert asked == [("q0", "Ann"), ("q1", "Ann 1, I think"), ("q2", "Bob"), ("q3", "")]
+    assert [row["judge"] for row in first] == ["True", None, "False", "False"]
+    assert list(read_rows(path, R1_SEARCHER).values()) == first
+    assert [{**row, "judge": None} for row in first] == plain
+    before = path.stat().st_mtime_ns
+    assert evaluate_questions(QUESTIONS, None, path, R1_SEARCHER) == plain  # nobody judges: no reply is reported
+    assert path.stat().st_mtime_ns == before
+    evaluate_questions(QUESTIONS, None, path, R1_SEARCHER, judge=judge(["no", "True", None, "False"]))
+    assert [row["judge"] for row in read_rows(path, R1_SEARCHER).values()] == ["no", "True", None, "False"]
 
 
 def test_what_is_on_disk_is_not_scored_again(tmp_path):
@@ -145,7 +168,7 @@ def test_every_question_has_one_rollout_and_one_reply(tmp_path):
         evaluate_questions(QUESTIONS, play, tmp_path / "a.jsonl", R1_SEARCHER, judge=lambda pairs: [])
     with pytest.raises(ValueError, match="1 ids of questions occur twice"):
         evaluate_questions([*QUESTIONS, QUESTIONS[0]], play, tmp_path / "a.jsonl", R1_SEARCHER)
-    assert not (tmp_path / "a.jsonl").exists()
+    assert len(read_rows(tmp_path / "a.jsonl", R1_SEARCHER)) == 4  # a judge that errs costs no rollouts
 
 
 def test_comparisons_are_paired_by_question(tmp_path):

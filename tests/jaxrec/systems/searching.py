@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 import models
+from jaxrec.evaluate.answer_judge import JUDGE
 from jaxrec.tools.authors import REWRITE
 from jaxrec.tools.deep_search import ANNOTATE, SUMMARISE
 from models.hf import Model
@@ -29,6 +30,8 @@ SDS_TURNS = (
     "I look it up. ", "<|begin_search_query|>", "old capital", "<|end_search_query|>", "It is said. ", "</think>",
     " So it is ", "\\boxed{Ann}", ".",
 )  # fmt: skip
+
+VERDICTS = {"yes": "True.", "Lee": "<think>Ann is short for Ann Lee.</think> True", "Ann": "True"}  # by right answers
 
 
 def tiny_folder(folder: Path) -> Path:
@@ -56,6 +59,9 @@ def reply(text: str, seed: int) -> tuple[str, str]:
         return "summariser", f"Thinking.\n**Final Information**\n{page.group(1) if page else 'nothing'}"
     if text.startswith(REWRITE[:40]):
         return "rewriter", " <internal> It is said. </internal> \\boxed{Ann}"
+    if text.startswith(JUDGE):
+        right = text.rpartition("Right answers: ")[2].partition("\n")[0]
+        return "judge", next((said for name, said in VERDICTS.items() if name in right), "False")
     old = R1_SEARCHER_PP.query_open in text
     turns, style = (R1_TURNS, R1_SEARCHER_PP) if old else (SDS_TURNS, SIMPLE_DEEP_SEARCHER)
     if f"{style.result_close}\n\n" not in text:

@@ -13,7 +13,7 @@ from jaxrec.config import UsageError, resolve_config
 from jaxrec.evaluate import search as judging
 from jaxrec.systems import r1_searcher_pp, simple_deep_searcher
 from jaxrec.tools.search import Result, read_passages
-from tests.jaxrec.systems import searching
+from tests.jaxrec.systems import scripted_endpoint, searching
 
 R1 = {
     "data__cold_questions": 4, "data__train_questions": 4, "cold_start__author": "teacher", "cold_start__samples": 3,
@@ -180,6 +180,58 @@ def test_an_evaluation_that_was_killed_goes_on(done, place):
     assert file.read_bytes() == whole
     assert before == {p: p.stat().st_mtime_ns for p in others}
     assert len(place[2].asked) == asked  # summaries are stored, so that nobody is asked twice
+
+
+def judged(done, place, work: Path, **settings) -> dict:
+    """The result of the evaluation with a judge, in a folder that shares the models of a run and holds its rows."""
+    name, finished, _, _ = done
+    if not work.exists():
+        work.mkdir()
+        (work / "checkpoints").symlink_to(finished / "checkpoints")
+        shutil.copytree(finished / "questions", work / "questions")
+    files = made_up(place[0])
+    config = config_of(place, name, files, files[name], evaluate__judge="an able judge", **settings)
+    return SYSTEMS[name][0].run(config, work, ["evaluate"])
+
+
+def test_a_judge_that_is_down_is_missing_and_asked_again(done, place, tmp_path):
+    """The trained model says "Ann" to all: True for Ann, the Ann and Ann Lee, False for Zoe, "True." for yes."""
+    name, _, _, plain = done
+    assert not any("lasj" in row for row in plain["rows"])
+    assert "judge" not in plain["protocol"]
+    trained = SYSTEMS[name][2][name == "simple_deep_searcher"]
+    rows = lambda: read(tmp_path / "work" / "questions" / f"{trained}.jsonl")  # noqa: E731
+    with scripted_endpoint.endpoint(lambda *_: (None, "", "stop"), status=400) as down:
+        settings = {"evaluate__judge_url": down.url, "evaluate__judge_key_variable": ""}
+        result = judged(done, place, tmp_path / "work", **settings)
+    assert all(row["lasj"] is None and row["lasj_missing"] == 5 and not row["lasj_invalid"] for row in result["rows"])
+    assert {row["judge"] for row in rows()} == {None}
+    asked = len(place[2].asked)
+    result = judged(done, place, tmp_path / "work")
+    shown = next(row for row in result["rows"] if row["searches"] == 1)
+    assert (shown["lasj"], shown["lasj_invalid"], shown["lasj_missing"]) == (3 / 5, 1, 0)
+    assert [row["judge"] for row in rows()] == ["True", "True", "True", "False", "True."]
+    assert result["by_seed"][0][trained]["lasj_count"] == 5
+    assert result["protocol"]["judge"].startswith("an able judge, ")
+    new = place[2].asked[asked:]
+    assert {role for role, _ in new} == {"judge"}  # what was played is not played again
+    assert len(set(new)) == len(new)  # two models that say the same are judged once
+    assert judged(done, place, tmp_path / "work") == result
+    assert len(place[2].asked) == asked + len(new)
+    metrics = ("em", "cover", "f1", "searches")
+    assert [[row[m] for m in metrics] for row in result["rows"]] == [[r[m] for m in metrics] for r in plain["rows"]]
+
+
+def test_a_judge_needs_an_address_and_a_key(place, tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    files = made_up(tmp_path)
+    for name, (system, _, _) in SYSTEMS.items():
+        own = {"evaluate__judge": "m", "evaluate__judge_url": "http://127.0.0.1:9/v1"}
+        config = config_of(place, name, files, files[name], **own, evaluate__judge_key_variable="NO_SUCH_KEY")
+        with pytest.raises(UsageError, match=r"evaluate\.judge: the key .* set the environment variable NO_SUCH_KEY"):
+            system.run(config, tmp_path, ["evaluate"])
+        with pytest.raises(UsageError, match=r"set evaluate\.judge_url"):
+            system.run(resolve_config(f"{name}:tiny", ["--config.evaluate.judge=m"]), tmp_path, ["evaluate"])
 
 
 def test_searches_that_fail_are_told_from_those_that_were_made(done, tmp_path):
