@@ -115,6 +115,30 @@ def _base() -> ConfigDict:
     c.dpo.beta = 0.1
     c.dpo.samples = 4  # own rollouts of each question, for the worse half of a pair
 
+    c.rl = ConfigDict()  # REINFORCE++, see rl.GRPOConfig; what the paper does not tell is R1-Searcher's
+    c.rl.steps = 0  # 0 leaves the stage out, as the paper's own models do
+    c.rl.pool = 240  # training questions that the fine-tuned model tries, 0 for all of them ...
+    c.rl.samples = 8  # ... with this many rollouts each, of which ...
+    c.rl.least_right = 1  # ... so many are right at least ...
+    c.rl.most_right = 6  # ... and so many at most, where the question is used
+    c.rl.group_size = 8
+    c.rl.prompts_per_step = 16
+    c.rl.micro_batches = 1
+    c.rl.advantage = "reinforce_pp_baseline"  # or reinforce_pp, grpo
+    c.rl.aggregation = "sequence"
+    c.rl.clip = 0.2
+    c.rl.kl = 0.0  # of the reward, in nats per token (R1-Searcher: 1e-4)
+    c.rl.lr = 2e-4
+    c.rl.warmup = 4
+    c.rl.b2 = 0.99
+    c.rl.save_every = 20
+    c.rl.logprob_chunk = 256
+
+    c.reward = ConfigDict()  # token F1, less 2 where a rule of form is broken; see rl.search_rewards
+    c.reward.max_retrievals = 8
+    c.reward.max_reflections = 5
+    c.reward.max_analysis = 8096  # tokens between two results
+
     c.evaluate = ConfigDict()
     c.evaluate.batch_size = 120
     c.evaluate.judge = ""  # a model that judges answers beside the rules (papers: gpt-4o-mini), "" for none ...
@@ -144,6 +168,8 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.rollout.max_new = 64
         c.sft.update({"steps": 2, "batch_size": 4})
         c.dpo.update({"steps": 2, "batch_size": 2, "samples": 2})
+        c.rl.update({"pool": 8, "samples": 2, "most_right": 1})
+        c.rl.update({"group_size": 2, "prompts_per_step": 2, "save_every": 1})
         c.evaluate.update({"batch_size": 8, "ablations": ("uncurated", "no_format")})
     if variant in ("small", "paper"):
         c.data.update({"source": "files", "train_questions": 4096, "test_questions": 500})
@@ -155,6 +181,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.synthesize.samples = 10
         c.sft.update({"steps": 82, "batch_size": 64, "micro_batches": 16, "lr": 1e-5})
         c.dpo.update({"batch_size": 64, "micro_batches": 32, "lr": 5e-7})
+        c.rl.update({"pool": 0, "lr": 2e-6, "kl": 1e-4, "b2": 0.95, "warmup": 0, "micro_batches": 16})
         c.evaluate.batch_size = 32
     if variant == "paper":
         c.data.update({"search": "web", "train_questions": 0})
@@ -163,5 +190,6 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.curation.keep = 871
         c.evaluate.ablations = ()
         c.dpo.update({"steps": 17, "batch_size": 256, "micro_batches": 128})  # 5 epochs of about 875 pairs
+        c.rl.update({"group_size": 16, "prompts_per_step": 64, "micro_batches": 16})  # 2,480 questions: 38 steps
         c.mesh.update({"data": 1, "fsdp": 64})
     return c

@@ -64,7 +64,7 @@ SYSTEMS = {
             "simple_deep_searcher",
             "SimpleDeepSearcher",
             "search trajectories synthesised, curated, then SFT",
-            ("synthesize", "curate", "sft", "dpo", "evaluate"),
+            ("synthesize", "curate", "sft", "dpo", "rl", "evaluate"),
         ),
         System(
             "r1_searcher_pp",

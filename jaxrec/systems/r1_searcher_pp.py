@@ -10,29 +10,23 @@ the config. The embedded world's figures say that the machinery works; the paper
 """
 
 import functools
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import UsageError
 from jaxrec.evaluate import search as judging
 from jaxrec.evaluate.answers import R1_SEARCHER, cover_em
 from jaxrec.systems import by_seed
-from jaxrec.systems.search_run import SearchRun, check_judge, check_lengths, check_source
+from jaxrec.systems.search_run import SearchRun, check_judge, check_lengths, check_source, policy_config
 from jaxrec.tools import search_task
 from jaxrec.tools.authors import rewrite_from_memory, select_rollouts, write_rollouts
 from jaxrec.tools.search_task import asked
-from models.sharding import make_mesh, use_mesh
-from rl.envs.search import SearchOptions, State, search_counts
+from models.sharding import make_mesh
+from rl.envs.search import SearchOptions, State
 from rl.envs.tags import find_style
-from rl.optimizer import OptimizerConfig
-from rl.policy import GRPOConfig
-from rl.rollout import rollout
 from rl.rows import encode_rows, pad_rows
 from rl.search_rewards import SearchReward, SearchRewardConfig
 
@@ -94,20 +88,7 @@ def check(config: Any) -> None:
     check_judge(c)
     SearchOptions(k=c.env.k, max_searches=c.env.max_searches)
     SearchRewardConfig(eta=c.reward.eta, ddof=c.reward.ddof)
-    policy_config(c, 0)
-
-
-def policy_config(config: Any, seed: int, memory: float | None = None) -> GRPOConfig:
-    """The update of the stage ``rl``."""
-    r, longest = config.rl, config.rollout.max_total
-    optimizer = OptimizerConfig(lr=r.lr, warmup_steps=r.warmup, b2=r.b2)
-    return GRPOConfig(
-        optimizer=optimizer, prompts_per_step=r.prompts_per_step, group_size=r.group_size,
-        micro_batches=r.micro_batches, advantage=r.advantage, aggregation=r.aggregation, clip_low=r.clip,
-        clip_high=r.clip, kl_reward=r.kl, max_total=longest, length_buckets=(longest // 2, longest),
-        save_every=r.save_every, logprob_chunk=r.logprob_chunk, seed=seed, log_entropy=False, max_env_errors=0.02,
-        aux_weight=config.memory.weight if memory is None else memory,
-    )  # fmt: skip
+    policy_config(c, 0, aux_weight=c.memory.weight)
 
 
 # --- cold_start ------------------------------------------------------------------------------------------------------
@@ -156,28 +137,10 @@ def reinforce(this: Run, name: str, *, eta: float | None = None, memory: float |
     target = this.checkpoint(name) / "model"
     if target.exists():
         return
-    model, r, m = this.model("cold_start"), this.config.rl, this.config.memory
-    settings = policy_config(this.config, this.seed, memory)
+    model, m = this.model("cold_start"), this.config.memory
+    settings = policy_config(this.config, this.seed, aux_weight=m.weight if memory is None else memory)
     env, reward = this.env(model.tokenizer, k=this.config.env.k, on_error="drop"), this.reward(eta)
-    questions, options = [asked(q) for q in this.task.train], this.rollout_config()
     sampling = search_task.teacher_sampling(this.config.teacher, this.seed)
-
-    def play(params: Any, batch: dict[str, np.ndarray], key: jax.Array):
-        with use_mesh(this.mesh):
-            trajectory, states = rollout(
-                params, model.config, model.tokenizer, env, [questions[i] for i in batch["index"]], key, options,
-                group_size=r.group_size, fuse=this.mesh is None,
-            )  # fmt: skip
-        begin = time.perf_counter()
-        parts = reward(states, trajectory.groups)
-        info = {
-            **search_counts(states),
-            "right": float(parts["answer"].mean()),
-            "carry": states,
-            "valid_format": float((parts["format"] == 0).mean()),
-            "seconds": {"reward": time.perf_counter() - begin},
-        }
-        return trajectory, parts, info
 
     def memorise(step: int, params: Any, states: list[State]):
         rows, counts = rewrite_from_memory(states, env, reward, this.teacher, sampling, m.per_question)
@@ -191,12 +154,7 @@ def reinforce(this: Run, name: str, *, eta: float | None = None, memory: float |
         # One number of rows whatever was found: each other one would be a program of its own.
         return pad_rows(arrays, most, arrays["tokens"].shape[1])
 
-    # A copy, since the state's buffers are given away.
-    reference = jax.tree.map(jnp.copy, model.params) if settings.kl_reward else None
-    shown = ("reward", "right", "searches", "valid_format")
-    this.reinforce(
-        name, model, settings, len(questions), play, r.steps, shown, ref_params=reference, auxiliary=memorise
-    )
+    this.explore(name, model, settings, env, reward, [asked(q) for q in this.task.train], memorise)
 
 
 def rl(this: Run) -> None:

@@ -1,11 +1,14 @@
 """What the search systems' recipes share: one seed of one config with its task, models, environment and sampling."""
 
 import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 import models
 from jaxrec.chat import has_template
@@ -20,9 +23,13 @@ from jaxrec.tools.search_task import SearchTask
 from jaxrec.tools.teacher import StoredTeacher
 from jaxrec.world.questions import SPLITS
 from models.sharding import use_mesh
-from rl.envs.search import SearchEnv, SearchOptions, State
+from rl.envs.search import SearchEnv, SearchOptions, State, search_counts
 from rl.envs.tags import check_round_trip, find_style
+from rl.optimizer import OptimizerConfig
+from rl.policy import GRPOConfig
 from rl.rollout import RolloutConfig, rollout
+from rl.search_rewards import SearchReward
+from rl.trainer import Auxiliary
 from rl.trajectory import Trajectory
 
 
@@ -111,6 +118,54 @@ class SearchRun(ModelRun):
                 )  # fmt: skip
             out += [(state, trajectory, row) for row, state in enumerate(ended[: len(part) * count])]
         return out
+
+    def explore(
+        self, name: str, model: models.Model, settings: GRPOConfig, env: SearchEnv, reward: SearchReward,
+        questions: Sequence[Any], auxiliary: Auxiliary | None = None,
+    ) -> None:  # fmt: skip
+        """Policy optimisation in the environment into ``checkpoints/<name>``, ``rl.steps`` steps of it.
+
+        questions: as the environment takes them. auxiliary: see :func:`rl.trainer.train`; it gets the final states. The
+        model is the reference of a KL penalty; its buffers are given away. "right" counts answers that fit in full."""
+        options = self.rollout_config()
+
+        def play(params: Any, batch: dict[str, np.ndarray], key: jax.Array):
+            with use_mesh(self.mesh):
+                trajectory, states = rollout(
+                    params, model.config, model.tokenizer, env, [questions[i] for i in batch["index"]], key, options,
+                    group_size=settings.group_size, fuse=self.mesh is None,
+                )  # fmt: skip
+            begin = time.perf_counter()
+            parts = reward(states, trajectory.groups)
+            info = {
+                **search_counts(states),
+                "right": float((parts["answer"] >= 1.0).mean()),
+                "carry": states,
+                "valid_format": float((parts["format"] == 0).mean()),
+                "seconds": {"reward": time.perf_counter() - begin},
+            }
+            return trajectory, parts, info
+
+        # A copy, since the state's buffers are given away.
+        reference = jax.tree.map(jnp.copy, model.params) if settings.kl_reward else None
+        shown = ("reward", "right", "searches", "valid_format")
+        self.reinforce(
+            name, model, settings, len(questions), play, self.config.rl.steps, shown, ref_params=reference,
+            auxiliary=auxiliary,
+        )  # fmt: skip
+
+
+def policy_config(config: Any, seed: int, **changes: Any) -> GRPOConfig:
+    """The update of a stage ``rl`` by the config's ``rl`` and ``rollout``. changes: more of it."""
+    r, longest = config.rl, config.rollout.max_total
+    optimizer = OptimizerConfig(lr=r.lr, warmup_steps=r.warmup, b2=r.b2)
+    return GRPOConfig(
+        optimizer=optimizer, prompts_per_step=r.prompts_per_step, group_size=r.group_size,
+        micro_batches=r.micro_batches, advantage=r.advantage, aggregation=r.aggregation, clip_low=r.clip,
+        clip_high=r.clip, kl_reward=r.kl, max_total=longest, length_buckets=(longest // 2, longest),
+        save_every=r.save_every, logprob_chunk=r.logprob_chunk, seed=seed, log_entropy=False, max_env_errors=0.02,
+        **changes,
+    )  # fmt: skip
 
 
 def check_source(config: Any) -> None:

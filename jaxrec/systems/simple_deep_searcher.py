@@ -5,10 +5,15 @@
     curate      at most one short, right, well-formed rollout of each question; whatever is dropped is counted
     sft         supervised steps on these, with what the environment wrote masked
     dpo         pairs of them with faulty rollouts of the fine-tuned model (optional)
+    rl          REINFORCE++ from the fine-tuned model, on questions that it gets right now and then (optional)
     evaluate    greedy play on test questions beside the base model and fine-tuning on as many uncurated rollouts
 
-The paper's code for dpo is not public; pairs are made as its section 4.2 says, and results are masked there too. The
-embedded world's figures say that the machinery works; the paper's tables need its models.
+The paper's code for dpo and rl is not public. Pairs are made as its section 4.2 says, and results are masked there too.
+Of rl the paper gives the questions, the reward and that it is strictly on-policy (appendix C): one update a rollout
+batch here. Its learning rate, KL weight, batch and steps are not told; the config has R1-Searcher's, and its form of
+the advantage (arXiv 2503.05592). The paper's scores fall by rl and its responses become much shorter (table 3), so that
+a model that got worse is no sign of a fault. The embedded world's figures say that the machinery works; the paper's
+tables need its models.
 """
 
 import functools
@@ -24,11 +29,12 @@ import numpy as np
 import models
 from jaxrec.config import UsageError, write_atomic
 from jaxrec.data.pipeline import batches
-from jaxrec.data.qa import Question
+from jaxrec.data.qa import Question, sample_questions
 from jaxrec.evaluate import search as judging
 from jaxrec.evaluate.answers import SIMPLE_DEEP_SEARCHER as PROTOCOL
+from jaxrec.evaluate.answers import token_f1
 from jaxrec.systems import by_seed
-from jaxrec.systems.search_run import SearchRun, check_judge, check_lengths, check_source
+from jaxrec.systems.search_run import SearchRun, check_judge, check_lengths, check_source, policy_config
 from jaxrec.tools import authors, search_task
 from jaxrec.tools.curation import CurationConfig, curate, describe, faults
 from jaxrec.tools.deep_search import Annotated, Summariser, annotate
@@ -44,20 +50,22 @@ from rl.envs.tags import SIMPLE_DEEP_SEARCHER
 from rl.metrics import MetricsWriter
 from rl.optimizer import OptimizerConfig, init_state
 from rl.rows import Segments, encode_rows, encode_segments, stack_rows
+from rl.search_rewards import SearchReward, SearchRewardConfig
 
-STAGES = ("synthesize", "curate", "sft", "dpo", "evaluate")
+STAGES = ("synthesize", "curate", "sft", "dpo", "rl", "evaluate")
 FILTERS = ("format", "path", "difficulty", "search")
 ABLATIONS = ("uncurated", *(f"no_{name}" for name in FILTERS))
 PLAN = judging.Plan(
     PROTOCOL,
     {
         "base": "base model", "sft": "SimpleDeepSearcher", "dpo": "SimpleDeepSearcher + DPO",
+        "rl": "SimpleDeepSearcher + REINFORCE++",
         "uncurated": "as many uncurated rollouts", **{f"no_{name}": f"without the {name} filter" for name in FILTERS},
     },
     (
         ("cover", "sft", "uncurated", 1), ("em", "sft", "uncurated", 0), ("searches", "sft", "uncurated", 0),
         ("cover", "sft", "base", 0), *(("cover", "sft", f"no_{name}", 0) for name in FILTERS),
-        ("cover", "dpo", "sft", 0), ("searches", "dpo", "sft", 0),
+        *((metric, name, "sft", 0) for name in ("dpo", "rl") for metric in ("cover", "searches", "words")),
     ),
 )  # fmt: skip
 
@@ -137,6 +145,11 @@ def dpo_config(config: Any) -> DPOConfig:
     return DPOConfig(optimizer, d.beta, d.micro_batches, save_every=max(d.steps // 4, 1))
 
 
+def reward_config(config: Any) -> SearchRewardConfig:
+    """The reward of the stage ``rl``."""
+    return SearchRewardConfig("simple_deep_searcher", **config.reward.to_dict())
+
+
 def check(config: Any, stages: Sequence[str] = STAGES) -> None:
     """Raise UsageError or ValueError for settings that a stage would stumble over, a missing file or key included. No
     device is used."""
@@ -157,6 +170,12 @@ def check(config: Any, stages: Sequence[str] = STAGES) -> None:
         raise UsageError(f"synthesize.samples={c.synthesize.samples} and sft.steps={c.sft.steps} must be at least 1")
     if c.dpo.steps < 0 or c.dpo.samples < 1:
         raise UsageError(f"dpo.steps={c.dpo.steps} must be at least 0, dpo.samples={c.dpo.samples} at least 1")
+    r = c.rl
+    if r.steps < 0 or r.pool < 0 or not 0 <= r.least_right <= r.most_right <= r.samples or r.samples < 1:
+        raise UsageError(
+            f"rl.steps={r.steps} and rl.pool={r.pool} must be at least 0, and of rl.samples={r.samples} rollouts "
+            f"rl.least_right={r.least_right} to rl.most_right={r.most_right} right ones be possible"
+        )
     if not 0 <= c.sampling.max_failed <= 1:
         raise UsageError(f"sampling.max_failed={c.sampling.max_failed} must lie between 0 and 1")
     if 0 < c.data.train_questions < c.sampling.total:
@@ -164,7 +183,8 @@ def check(config: Any, stages: Sequence[str] = STAGES) -> None:
             f"sampling.total={c.sampling.total} questions of a pool of data.train_questions={c.data.train_questions}"
         )
     check_lengths(c)
-    searcher_config(c), sampling_config(c), curation_config(c), dpo_config(c)
+    searcher_config(c), sampling_config(c), curation_config(c), dpo_config(c), reward_config(c)
+    policy_config(c, 0, minibatches=1)
     for k in (c.env.k, c.env.test_k):
         search_options(c, k, c.env.max_searches)
     if c.data.source == "files" and {*stages} - {"curate", "sft"}:
@@ -366,6 +386,52 @@ def dpo_stage(this: Run) -> None:
     models.save(model.replace(params=state.params), target)
 
 
+# --- rl --------------------------------------------------------------------------------------------------------------
+
+
+def questions_to_explore(this: Run, model: models.Model) -> list[Question]:
+    """Questions of the pool that the model gets right in some of its rollouts, neither too few nor too many (appendix
+    C); ``rl.json`` keeps them, and how many questions were right how often. Raises ValueError for fewer than a step
+    takes."""
+    r, target = this.config.rl, this.folder / "rl.json"
+    if not target.exists():
+        pool = this.task.train
+        pool = sample_questions(pool, r.pool, this.seed) if 0 < r.pool < len(pool) else pool
+        env, answers = this.env(model.tokenizer, k=this.config.env.k), {q.id: q.answers for q in pool}
+        right = dict.fromkeys(answers, 0)
+        for state, _, _ in this.sample(model, env, [search_task.asked(q) for q in pool], r.samples):
+            id = state.example.id
+            right[id] += int(scored(from_state(state), answers[id], PROTOCOL).metrics["cover"])
+        chosen = [id for id, count in right.items() if r.least_right <= count <= r.most_right]
+        times = {str(count): number for count, number in sorted(Counter(right.values()).items())}
+        found = {"pool": len(pool), "rollouts of each": r.samples, "questions by right rollouts": times}
+        print(f"rl: {len(chosen)} questions; {found}")
+        write_atomic(target, json.dumps({**found, "chosen": chosen}, indent=1) + "\n")
+    found = json.loads(target.read_text(encoding="utf-8"))
+    ids = set(found["chosen"])
+    if len(ids) < r.prompts_per_step:
+        raise ValueError(
+            f"rl: {len(ids)} questions are right in {r.least_right} to {r.most_right} of {r.samples} rollouts, fewer "
+            f"than rl.prompts_per_step={r.prompts_per_step}; questions by right rollouts: "
+            f"{found['questions by right rollouts']}: raise rl.pool, set other bounds and remove {target}, or set "
+            "rl.steps=0"
+        )
+    return [q for q in this.task.train if q.id in ids]
+
+
+def rl_stage(this: Run) -> None:
+    """REINFORCE++ from the fine-tuned model, with token F1 less a penalty of form for a reward."""
+    if (this.checkpoint("rl") / "model").exists() or not this.config.rl.steps:
+        return
+    model = this.model("sft")
+    questions = [search_task.asked(q) for q in questions_to_explore(this, model)]
+    fit = functools.partial(token_f1, normalization=PROTOCOL.normalization, yes_no=PROTOCOL.yes_no)
+    count = lambda text: len(model.tokenizer.encode(text))  # noqa: E731
+    reward = SearchReward(fit, reward_config(this.config), count_tokens=count)
+    env = this.env(model.tokenizer, k=this.config.env.k, on_error="drop")
+    this.explore("rl", model, policy_config(this.config, this.seed, minibatches=1), env, reward, questions)
+
+
 # --- evaluate --------------------------------------------------------------------------------------------------------
 
 
@@ -373,11 +439,14 @@ def evaluate(this: Run) -> judging.SeedResult:
     """Play the test questions with every model; what is finished is read back."""
     for name in this.config.evaluate.ablations:
         fine_tune(this, name)
-    after = ("dpo",) if this.config.dpo.steps else ()
+    after = [name for name in ("dpo", "rl") if this.config[name].steps]
     return judging.evaluate_seed(this, ("base", "sft", *this.config.evaluate.ablations, *after), PROTOCOL)
 
 
-RECIPE = {"synthesize": synthesize, "curate": curate_rollouts, "sft": sft_stage, "dpo": dpo_stage, "evaluate": evaluate}
+RECIPE = {
+    "synthesize": synthesize, "curate": curate_rollouts, "sft": sft_stage, "dpo": dpo_stage, "rl": rl_stage,
+    "evaluate": evaluate,
+}  # fmt: skip
 
 
 def run(config: Any, workdir: Path, stages: Sequence[str]) -> dict[str, Any] | None:

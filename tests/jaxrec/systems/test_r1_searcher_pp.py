@@ -240,5 +240,3 @@ def test_a_stage_names_the_one_before(tmp_path):
     this = system.Run(resolve_config(SPEC), 0, tmp_path, None)
     with pytest.raises(UsageError, match="run --stages=cold_start first"):
         this.model("cold_start")
-    assert np.isclose(system.policy_config(this.config, 0).aux_weight, 0.1)
-    assert system.policy_config(this.config, 0, 0.0).aux_weight == 0.0
