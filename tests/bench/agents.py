@@ -1,6 +1,7 @@
 """Questions per second of the agent loop as more of them are played together, beside one at a time.
 
-    python tests/bench/agents.py [--quick] [--sizes 10M 100M] [--rows 1 8 32 128] [--repeats 3] [--out agents.json]
+    python tests/bench/agents.py [--quick] [--sizes 10M 100M] [--rows 1 8 32 128] [--views 512 128] [--repeats 3]
+                                 [--out agents.json]
 
 A random Qwen3 model in float32 with a tokenizer of words plays R1-Searcher++'s environment by ``rl.rollout``, greedy:
 two searches, then the answer, 48 tokens each. A random model asks nothing, so a query is put where each segment is
@@ -8,7 +9,8 @@ read; the tokens that are sampled, the search (BM25 over 5,000 passages of 40 wo
 that are tokenised and run, and all else are what they are with a trained one. ``rows`` questions are played together,
 at least ``--questions`` of them in as many calls as it takes. Sides take turns, the fastest of each counts by wall
 clock and by CPU seconds of all threads, which say more where the machine is shared. ``environment`` is its share of the
-time: parsing, searching, wording of results.
+time: parsing, searching, wording of results. ``views``: the fewest slots of the cache that attention reads, in turns
+too; 512 is what it was, 128 what it is on a CPU. Ratios are to the first number of rows with the first of the views.
 """
 
 import argparse
@@ -77,17 +79,21 @@ def make(fields: dict, passages: int, questions: int, folder: Path):
     return Model(config, models.init(config, jax.random.key(0)), tokenizer), Asking(env), asked
 
 
-def compare(name: str, fields: dict, rows: list[int], questions: int, new: int, passages: int, repeats: int) -> list:
-    """A row per number of questions that are played together."""
+def compare(
+    name: str, fields: dict, rows: list[int], views: list[int], questions: int, new: int, passages: int, repeats: int
+) -> list[dict]:
+    """A row per number of questions that are played together and least view."""
     import jax
 
+    from models import sample
     from rl.rollout import RolloutConfig, rollout
 
     with tempfile.TemporaryDirectory() as folder:
         model, env, asked = make(fields, passages, max(questions, *rows), Path(folder))
         options = RolloutConfig(max_prompt=64, max_total=1024, max_new=new, max_turns=_SEARCHES + 1, temperature=0.0)
 
-        def play(size: int) -> dict[str, float]:
+        def play(size: int, view: int) -> dict[str, float]:
+            sample.least_view = lambda: view
             count, env.seconds, wall, cpu = max(size, questions), 0.0, time.perf_counter(), time.process_time()
             for low in range(0, count, size):
                 part = asked[low : low + size]
@@ -97,25 +103,27 @@ def compare(name: str, fields: dict, rows: list[int], questions: int, new: int, 
             cpu = time.process_time() - cpu
             return {"wall": wall / count, "cpu": cpu / count, "environment": env.seconds / wall}
 
-        for size in rows:  # compiles
-            play(size)
-        runs: dict[int, list[dict[str, float]]] = {size: [] for size in rows}
+        sides = [(size, view) for size in rows for view in views]
+        for side in sides:  # compiles
+            play(*side)
+        runs: dict[tuple[int, int], list[dict[str, float]]] = {side: [] for side in sides}
         for _ in range(repeats):
-            for size in rows:
-                runs[size].append(play(size))
+            for side in sides:
+                runs[side].append(play(*side))
     found = []
-    for size in rows:
-        wall, cpu = (min(run[key] for run in runs[size]) for key in ("wall", "cpu"))
-        alone = {key: min(run[key] for run in runs[rows[0]]) for key in ("wall", "cpu")}
+    first = {key: min(run[key] for run in runs[sides[0]]) for key in ("wall", "cpu")}
+    for size, view in sides:
+        wall, cpu = (min(run[key] for run in runs[size, view]) for key in ("wall", "cpu"))
         found.append(
             {
                 "model": name,
                 "rows": size,
+                "view": view,
                 "questions_per_s": 1 / wall,
                 "questions_per_cpu_s": 1 / cpu,
-                "ratio": alone["wall"] / wall,
-                "cpu_ratio": alone["cpu"] / cpu,
-                "environment": min(runs[size], key=lambda run: run["wall"])["environment"],
+                "ratio": first["wall"] / wall,
+                "cpu_ratio": first["cpu"] / cpu,
+                "environment": min(runs[size, view], key=lambda run: run["wall"])["environment"],
             }
         )
     return found
@@ -127,11 +135,12 @@ def show(rows: list[dict]) -> None:
     from rich.table import Table
 
     table = Table(title="the agent loop, two searches a question")
-    for column in ("model", "rows", "questions/s", "ratio", "questions / CPU s", "ratio by CPU s", "environment"):
+    columns = ("model", "rows", "view", "questions/s", "ratio", "questions / CPU s", "ratio by CPU s", "environment")
+    for column in columns:
         table.add_column(column, justify="right")
     for r in rows:
         table.add_row(
-            r["model"], str(r["rows"]), f"{r['questions_per_s']:.2f}", f"{r['ratio']:.2f}x",
+            r["model"], str(r["rows"]), str(r["view"]), f"{r['questions_per_s']:.2f}", f"{r['ratio']:.2f}x",
             f"{r['questions_per_cpu_s']:.2f}", f"{r['cpu_ratio']:.2f}x", f"{r['environment']:.0%}",
         )  # fmt: skip
     Console().print(table)
@@ -142,6 +151,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--quick", action="store_true", help="a tiny model, for checking that the script runs")
     parser.add_argument("--sizes", nargs="+", choices=list(decode.SIZES), default=["10M"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 128], help="questions played together")
+    parser.add_argument("--views", nargs="+", type=int, default=[512, 128], help="least slots that attention reads")
     parser.add_argument(
         "--questions", type=int, default=32, help="of each run, at least; a multiple of smaller numbers of rows"
     )
@@ -158,7 +168,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         parser.error(f"--questions={questions} is no multiple of --rows {wrong[0]}")
     found = []
     for name, fields in sizes.items():
-        found += compare(name, fields, rows, questions, new, passages, options.repeats)
+        found += compare(name, fields, rows, options.views, questions, new, passages, options.repeats)
     show(found)
     report = {
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},

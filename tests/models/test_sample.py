@@ -88,6 +88,35 @@ def test_a_second_conversation_compiles_nothing_new(params, prompts):
     assert [program._cache_size() for program in programs] == before
 
 
+@pytest.mark.parametrize(("place", "views"), [("cpu", [128, 128, 256, 512, 600]), ("tpu", [512, 512, 512, 512, 600])])
+def test_attention_reads_a_power_of_two_of_the_slots(monkeypatch, place, views):
+    monkeypatch.setattr(sampling, "platform", lambda: place)
+    assert [sampling.view_of(longest, 600) for longest in (1, 128, 129, 400, 513)] == views
+    assert sampling.view_of(3, 96) == 96
+
+
+def test_slots_that_no_row_has_reached_change_nothing(params, prompts, monkeypatch):
+    weights, long = decode_weights(params, CONFIG), np.random.default_rng(3).integers(2, 64, (2, 140), dtype=np.int32)
+
+    def play():
+        session = prefill(weights, CONFIG, prompts, LENGTHS, 512)
+        first, session = decode(weights, CONFIG, session, jax.random.key(0), np.full(2, 6), longest=9)
+        session = extend(weights, CONFIG, session, long, np.array([140, 90]), 155)
+        second, _ = decode(weights, CONFIG, session, jax.random.key(1), np.full(2, 6), longest=155)
+        return first, second
+
+    seen = []
+    view_of = sampling.view_of
+    monkeypatch.setattr(sampling, "view_of", lambda *args: seen.append(view_of(*args)) or seen[-1])
+    near = play()
+    monkeypatch.setattr(sampling, "least_view", lambda: 512)
+    far = play()
+    assert seen == [128, 256, 256, 512, 512, 512]
+    for one, other in zip(near, far, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
 def test_the_session_is_donated(params, prompts):
     weights = decode_weights(params, CONFIG)
     session = prefill(weights, CONFIG, prompts, LENGTHS, 32)
