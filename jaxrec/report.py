@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxrec.config import read_config, write_atomic
+from jaxrec.report_explore import read as read_explore
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -31,7 +32,8 @@ class Run:
     metrics: one dict per (stage, step), in order of first appearance; trajectories: a selection, see `_select`;
     result: result.json or None while there is none; stage_seconds: stage -> seconds in all, where known; notes: what
     was odd about the files, and what the recipe notes beside its result; figures: what the recipe wrote into
-    figures.json to be drawn. Of a run with several seeds, all but result and figures is the first seed's.
+    figures.json to be drawn; explore: the widgets of explore.json. Of a run with several seeds, all but result and
+    figures is the first seed's.
     """
 
     workdir: Path
@@ -42,6 +44,7 @@ class Run:
     stage_seconds: dict[str, float]
     notes: list[str]
     figures: list[dict[str, Any]] = field(default_factory=list)
+    explore: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], str]:
@@ -89,7 +92,7 @@ def read_run(workdir: Path) -> Run:
     if seeds and not (workdir / "metrics.jsonl").exists():
         folder = seeds[0]
         others = ", ".join(path.name for path in seeds[1:]) or "no other"
-        notes.append(f"curves, times and trajectories are those of {folder.name}; seeds beside it: {others}")
+        notes.append(f"curves, times, trajectories and parts to explore are of {folder.name}; beside it: {others}")
     rows, note = read_jsonl(folder / "metrics.jsonl")
     metrics: dict[tuple[str, Any], dict[str, Any]] = {}
     for row in rows:
@@ -103,7 +106,9 @@ def read_run(workdir: Path) -> Run:
     seconds = _stage_seconds(folder / "seconds.json")
     chosen, result, figures = _select(trajectories), _read_result(workdir), _read_figures(workdir)
     notes += map(str, (result or {}).get("notes", ()))
-    return Run(workdir, config, list(metrics.values()), chosen, result, seconds, notes, figures)
+    explore, note = read_explore(workdir)
+    notes += [note] if note else []
+    return Run(workdir, config, list(metrics.values()), chosen, result, seconds, notes, figures, explore)
 
 
 def _read_figures(workdir: Path) -> list[dict[str, Any]]:

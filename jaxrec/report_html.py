@@ -1,4 +1,7 @@
-"""report.html: one file, no scripts, no network. Every text from a run is escaped: models and data are not trusted."""
+"""report.html: one file, no network, and no script but that of ``jaxrec.report_explore`` where there are widgets.
+
+Every text from a run is escaped: models and data are not trusted.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 from jaxrec.config import flatten
 from jaxrec.report import Run, best_rows, by_reach, format_value, is_number, protocol_line, total_reward
+from jaxrec.report_explore import CSS, policy, section
 from jaxrec.report_plots import FIGURES, Plot
 from jaxrec.systems import SYSTEMS
 
@@ -82,6 +86,8 @@ def page(run: Run, plots: Sequence[Plot]) -> str:
         body += [_badges(result), "<h2>Result</h2>", _table(result), _comparisons(result)]
     if drawn := [plot for plot in plots if plot.stage == FIGURES]:
         body += ["<h2>Figures</h2>", _figures(drawn)]
+    if run.explore:
+        body.append(section(run.explore))
     for stage in dict.fromkeys(plot.stage for plot in plots if plot.stage and plot.stage != FIGURES):
         own = [plot for plot in plots if plot.stage == stage]
         body += [f"<h2>Learning curves: {_text(stage)}</h2>", _figures([plot for plot in own if plot.main])]
@@ -103,10 +109,10 @@ def page(run: Run, plots: Sequence[Plot]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        # Nothing but the embedded images and styles may load, whatever a text contains.
+        # Nothing but the embedded images and styles may load, and no script but ours run, whatever a text contains.
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">"
-        f"<title>{_text(title)}</title><style>{_CSS}</style></head>\n<body><main>\n"
+        f"style-src 'unsafe-inline'{'; ' + policy() if run.explore else ''}\">"
+        f"<title>{_text(title)}</title><style>{_CSS}{CSS if run.explore else ''}</style></head>\n<body><main>\n"
         + "\n".join(part for part in body if part)
         + "\n</main></body></html>\n"
     )

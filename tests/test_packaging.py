@@ -97,6 +97,9 @@ def test_wheel_holds_the_five_packages_and_nothing_else(wheel: Path):
     assert {top for top in tops if not top.endswith(".dist-info")} == set(FLOORS)
     modules = {str(path.relative_to(ROOT)) for floor in FLOORS for path in (ROOT / floor).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
+    scripts = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxrec").glob("*.js")}
+    assert scripts
+    assert {name for name in names if not name.endswith(".py") and ".dist-info/" not in name} == scripts
 
 
 def test_every_module_imports_from_the_wheel(installed: Path, tmp_path: Path):

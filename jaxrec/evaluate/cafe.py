@@ -14,7 +14,9 @@ import numpy as np
 from analysis.heads import document_scores, gold_recall
 from jaxrec.config import write_atomic
 from jaxrec.data.documents import Question
+from jaxrec.evaluate import widgets
 from jaxrec.evaluate.answers import sub_em, token_f1
+from jaxrec.evaluate.explore import document_widgets
 from jaxrec.evaluate.figures import heatmap, lines
 from jaxrec.evaluate.ranking import paired_interval
 
@@ -52,13 +54,15 @@ class Answer:
 @dataclasses.dataclass(frozen=True, eq=False)
 class SeedResult:
     """values: method -> metric -> float64 [n]. places: float64 [n], where the first gold document stands, 0 first, 1
-    last. figures: what the report draws. dropped: validation questions whose gold documents stage 1 lost."""
+    last. figures: what the report draws. dropped: validation questions whose gold documents stage 1 lost.
+    explore: widgets of the report."""
 
     values: dict[str, dict[str, np.ndarray]]
     places: np.ndarray
     figures: list[dict[str, Any]]
     documents: float
     dropped: int
+    explore: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def bm25(question: str, documents: Sequence[str], k1: float = 1.2, b: float = 0.75) -> np.ndarray:
@@ -97,17 +101,17 @@ def judge(questions: Sequence[Question], answers: Sequence[Answer], word_boundar
 
 def evaluate_seed(
     questions: Sequence[Question], answers: Mapping[str, Sequence[Sequence[Answer]]], eta: Mapping[str, np.ndarray],
-    alpha: np.ndarray, heads: Sequence[tuple[int, int]], dropped: int, config: Any, folder: Path,
+    alpha: np.ndarray, heads: Mapping[str, Sequence[tuple[int, int]]], dropped: int, config: Any, folder: Path,
 ) -> SeedResult:  # fmt: skip
     """Judge the answers of every method, the mean over draws where a method has several, and write a record of each
     question to questions.jsonl.
 
     answers: method -> draws -> questions. eta: stage -> float64 [L, N], scores of heads. alpha: float32 [n, L, N, D],
-    attention from each test question to its documents. heads: H1.
+    attention from each test question to its documents. heads: stage -> those chosen, H1 of "1" and H2 of "2".
     """
     judged = {m: [judge(questions, draw, config.evaluate.word_boundary) for draw in d] for m, d in answers.items()}
     values = {m: {k: np.mean([draw[k] for draw in d], axis=0) for k in METRICS} for m, d in judged.items()}
-    lines = []
+    records = []
     for i, question in enumerate(questions):
         methods = {
             m: {
@@ -118,11 +122,13 @@ def evaluate_seed(
         }  # fmt: skip
         about = {"id": question.id, "question": question.question, "answers": question.answers, "gold": question.gold}
         about |= {"documents": len(question.documents), "kinds": question.kinds, "methods": methods}
-        lines.append(json.dumps(about, ensure_ascii=False) + "\n")
-    write_atomic(folder / "questions.jsonl", "".join(lines))
+        records.append(about)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomic(folder / "questions.jsonl", lines)
     places = np.array([min(q.gold) / max(len(q.documents) - 1, 1) for q in questions])
     documents = float(np.mean([len(q.documents) for q in questions]))
-    return SeedResult(values, places, _figures(questions, eta, alpha, heads), documents, dropped)
+    explore = document_widgets(questions, records, METHODS, alpha, eta, heads)
+    return SeedResult(values, places, _figures(questions, eta, alpha, heads["1"]), documents, dropped, explore)
 
 
 def _figures(questions, eta, alpha, heads) -> list[dict[str, Any]]:
@@ -213,4 +219,5 @@ def pool(config: Any, results: list[SeedResult], workdir: Path) -> dict[str, Any
     shown = [m for m in ("direct", "stage1", "cafe") if m in methods]
     write_atomic(workdir / "result.json", json.dumps(result, indent=1) + "\n")
     write_atomic(workdir / "figures.json", json.dumps(results[0].figures + _by_place(results, shown)) + "\n")
+    widgets.write(workdir, results[0].explore)
     return result

@@ -10,6 +10,8 @@ import numpy as np
 
 from analysis import experts
 from jaxrec.config import write_atomic
+from jaxrec.evaluate import widgets
+from jaxrec.evaluate.explore import expert_widgets
 from jaxrec.evaluate.figures import heatmap
 from jaxrec.evaluate.ranking import paired_interval
 from jaxrec.tools.world_model import judge
@@ -23,12 +25,13 @@ Key = tuple[str, str, int]  # domain of the mask, method, experts kept
 class SeedResult:
     """By (domain of the mask, method, experts kept), with method "full" for no mask, and domain of the questions: right
     float [n], 1 for an exact answer (random: the mean over draws), and loss in nats per answer token. figures: what the
-    report draws. samples: questions of a domain."""
+    report draws. samples: questions of a domain. explore: widgets of the report."""
 
     right: dict[Key, dict[str, np.ndarray]]
     loss: dict[Key, dict[str, float]]
     figures: list[dict[str, Any]]
     samples: int
+    explore: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def evaluate_seed(
@@ -64,7 +67,8 @@ def evaluate_seed(
                 params, _ = experts.merge_experts(model.params, model.config, found[domain], keep)
                 add((domain, "merge", keep), domain, None, params)
     count = len(next(iter(rows.values()))["tokens"])
-    return SeedResult(right, loss, _figures(found, masks, right, list(rows), config), count)
+    explore = expert_widgets(found, masks, right, NAMES, model.config.first_dense)
+    return SeedResult(right, loss, _figures(found, masks, right, list(rows), config), count, explore)
 
 
 def _figures(found, masks, right, domains: list[str], config: Any) -> list[dict[str, Any]]:
@@ -152,4 +156,5 @@ def pool(config: Any, results: list[SeedResult], workdir: Path) -> dict[str, Any
     }  # fmt: skip
     write_atomic(workdir / "result.json", json.dumps(result, indent=1) + "\n")
     write_atomic(workdir / "figures.json", json.dumps(first.figures) + "\n")
+    widgets.write(workdir, first.explore)
     return result

@@ -13,6 +13,7 @@ import numpy as np
 from analysis.flows import Flow, stage_boundaries
 from analysis.neurons import CONDITIONS, deactivate
 from jaxrec.config import write_atomic
+from jaxrec.evaluate import widgets
 from jaxrec.evaluate.figures import heatmap, lines
 from jaxrec.evaluate.ranking import paired_interval
 from jaxrec.tools.world_model import judge
@@ -67,12 +68,13 @@ class SeedResult:
     """interventions: name -> {"sources", "margin", "known", "reading", "neutral"} of each set that was off ("none",
     "internal", "external", and as many neurons by another rule, "difference_internal", "difference_external"), or a
     list of these ("random_internal", "random_external"). facts: for each prompt the number of its fact. figures: what
-    the report draws. about: figures on the neurons and the flows."""
+    the report draws. about: figures on the neurons and the flows. explore: widgets of the report."""
 
     interventions: Mapping[str, Any]
     facts: np.ndarray
     figures: list[dict[str, Any]]
     about: Mapping[str, Any]
+    explore: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def rate(self, found: Mapping[str, Any], source: str) -> np.ndarray:
         """Share of the prompts of each fact that were answered from ``source``, float [facts]."""
@@ -146,6 +148,7 @@ def pool(config: Any, results: Sequence[SeedResult], workdir: Path) -> dict[str,
     }  # fmt: skip
     write_atomic(workdir / "result.json", json.dumps(result, indent=1) + "\n")
     write_atomic(workdir / "figures.json", json.dumps(first.figures) + "\n")
+    widgets.write(workdir, first.explore)
     return result
 
 

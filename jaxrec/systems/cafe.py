@@ -340,7 +340,8 @@ def evaluate(this: Run) -> judging.SeedResult:
     for number, stage in enumerate(("coarse", "fine"), 1):
         with np.load(this.folder / "heads" / f"{stage}.npz", allow_pickle=False) as stored:
             scores[str(number)], lost = stored["eta"], int(stored["lost"])
-    return judging.evaluate_seed(questions, answers, scores, alpha, coarse, lost, this.config, this.folder)
+    chosen = {"1": coarse, "2": fine}
+    return judging.evaluate_seed(questions, answers, scores, alpha, chosen, lost, this.config, this.folder)
 
 
 def _others(seed: int, questions: Sequence[Question]) -> list[list[int]]:

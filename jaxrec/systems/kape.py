@@ -26,6 +26,7 @@ from jaxrec.config import UsageError, write_atomic
 from jaxrec.data import conflicts
 from jaxrec.data.conflicts import Item, counted_tokens, encode_prompts
 from jaxrec.evaluate import kape as judging
+from jaxrec.evaluate.explore import flow_widgets, neuron_widgets
 from jaxrec.evaluate.kape import Off
 from jaxrec.systems import by_seed, world_lm
 from jaxrec.tools.world_model import arrays
@@ -386,7 +387,7 @@ def report(this: Run) -> judging.SeedResult:
         parts = {name: f[f"fake_{name}"] for name in ("attn", "mlp")}
         shift = {name: float((f[f"fake_{name}"] - f[f"golden_{name}"])[:, 1].sum()) for name in ("attn", "mlp")}
     with np.load(this.stored("entropy.npz", "identify")) as f:
-        entropy = f["entropy"]
+        p, entropy = f["p"], f["entropy"]
         about = {name: float(f[name]) for name in ("threshold", "bar", "both", "unassigned", "inactive")}
     about |= {name: int(chosen.sum()) for name, chosen in sets.items()}
     about["stages"] = {name: judging.boundaries(flow) for name, flow in flows.items()}
@@ -396,7 +397,9 @@ def report(this: Run) -> judging.SeedResult:
     titles = {"attention_fake": "Attention from key", "saliency_fake": "Saliency from key"}
     figures = judging.neuron_figures(entropy, sets)
     figures += [judging.flow_figure(title, flows[name]) for name, title in titles.items()]
-    return judging.SeedResult(interventions, facts, figures + judging.contribution_figures(parts), about)
+    begin = {(name, mass): judging.boundaries(flow, mass) for name, flow in flows.items() for mass in (False, True)}
+    explore = neuron_widgets(p, entropy, sets) + flow_widgets(flows, begin, TARGETS)
+    return judging.SeedResult(interventions, facts, figures + judging.contribution_figures(parts), about, explore)
 
 
 def run(config: Any, workdir: Path, stages: Sequence[str]) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from jaxrec.systems.cafe_reader import answer, batches, make_prompts
 from models import sample
 from models.generation import generate_tokens
 from models.tokenizer import FastTokenizer
+from tests.jaxrec.explored import choices, widgets_of
 
 SPEC = "cafe:tiny"
 
@@ -264,6 +265,32 @@ def test_the_command_line_and_the_report(done, tmp_path, capsys):
     assert "SubEM by place of the gold document" in page
     assert page.count("<img") >= 4
     assert isinstance(models.load(world_lm.cached("world_lm:tiny_reader", 0)), models.Model)
+    check_explored(page, tmp_path / "run")
+
+
+def check_explored(page, folder):
+    """The page embeds what the stages wrote."""
+    shown, heads = widgets_of(page)
+    kept, records = read(folder / "filter" / "documents.jsonl"), read(folder / "questions.jsonl")
+    assert len(shown["records"]) == len(records) == 10
+    for found, line, record in zip(shown["records"], kept, records, strict=True):
+        assert found["title"] == record["question"]
+        assert found["numbers"] == list(range(6))
+        assert found["labels"] == record["kinds"]
+        assert found["marks"] == [record["gold"], line["order"], record["methods"]["cafe"]["candidates"]]
+        np.testing.assert_allclose(np.array(found["scores"][0])[line["order"]], line["gamma"], rtol=1e-4)
+        np.testing.assert_allclose(np.sum(found["scores"][1:], axis=0), found["scores"][0], rtol=1e-3, atol=1e-4)
+        said = dict(zip(shown["outcomes"], found["outcomes"]))
+        for method, judged in record["methods"].items():
+            assert said[METHODS[method]] == [judged["sub_em"] == 1.0, judged["prediction"]]
+        assert said["what stage 1 keeps"][0] == (line["gold_recall"] == 1.0)
+    for (stage,), view, name in zip(choices(heads), heads["views"], ("coarse", "fine"), strict=True):
+        chosen = json.loads((folder / "heads" / f"{name}.json").read_text())["heads"]
+        marked = [[layer, head] for layer, row in enumerate(view["marks"]) for head, m in enumerate(row) if m == "1"]
+        assert marked == sorted(chosen)
+        with np.load(folder / "heads" / f"{name}.npz") as stored:
+            np.testing.assert_allclose(heads["grids"][view["grid"]], stored["eta"], rtol=1e-4)
+        assert stage == {"coarse": "1", "fine": "2"}[name]
 
 
 @pytest.mark.real_data

@@ -11,7 +11,9 @@ import models
 from jaxrec import cli
 from jaxrec.config import UsageError, resolve_config
 from jaxrec.convert import read_expert_mask
+from jaxrec.evaluate.experts import NAMES
 from jaxrec.systems import easy_ep, world_lm
+from tests.jaxrec.explored import choices, widgets_of
 
 SPEC = "easy_ep:tiny"
 
@@ -143,6 +145,22 @@ def test_the_command_line_and_the_report(done, tmp_path, capsys):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Expert scores: facts" in page
     assert page.count("<img") >= 7  # five maps of scores, overlap, accuracy
+    (found,) = widgets_of(page)
+    by_domain = json.loads((tmp_path / "run" / "result.json").read_text())["by_domain"]
+    views = dict(zip(choices(found), found["views"]))
+    assert len(views) == 6 * 4 * 2
+    for (domain, name, keep), view in views.items():
+        method = {shown: method for method, shown in NAMES.items()}[name]
+        mask = read_expert_mask(tmp_path / "run" / "masks" / f"{domain}_{method}_{keep}.json")
+        assert view["marks"] == ["".join("01"[int(m)] for m in row) for row in mask]
+        assert (view["grid"] is None) == (method == "random")
+        if domain != "mix" and method != "random":
+            with np.load(tmp_path / "run" / "statistics" / f"{domain}.npz") as stored:
+                values = stored["score" if method == "easy_ep" else method]
+            want = values / values.sum(axis=1, keepdims=True)
+            np.testing.assert_allclose(found["grids"][view["grid"]], want, rtol=1e-4)
+        if domain != "mix":
+            assert f"{domain} {by_domain[domain][f'{method}_{keep}']:.3f}" in view["text"]
 
 
 def test_a_base_model_is_made_once_per_config_and_seed():

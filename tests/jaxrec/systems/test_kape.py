@@ -13,6 +13,7 @@ from jaxrec.data import conflicts
 from jaxrec.evaluate import kape as judging
 from jaxrec.systems import kape, world_lm
 from jaxrec.tools.world_model import arrays
+from tests.jaxrec.explored import choices, widgets_of
 
 SPEC = "kape:tiny"
 LAYERS, WIDTH = 2, 32
@@ -237,3 +238,31 @@ def test_the_command_line_and_the_report(done, tmp_path, capsys):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Saliency from key; stages at" in page
     assert page.count("<img") >= 5
+    spread, table, streams = widgets_of(page)
+    file = analysis.read_neurons(tmp_path / "run" / "neurons.json")
+    with np.load(tmp_path / "run" / "entropy.npz") as stored:
+        p, entropy = stored["p"], stored["entropy"]
+    columns = {column["name"]: column["values"] for column in table["columns"]}
+    assert sorted(zip(columns["layer"], columns["unit"])) == [(x, y) for x in range(LAYERS) for y in range(WIDTH)]
+    at = columns["layer"], columns["unit"]
+    np.testing.assert_allclose(columns["p internal"], p[0][at], rtol=1e-4)
+    np.testing.assert_allclose(columns["p external"], p[1][at], rtol=1e-4)
+    shown = np.array([np.inf if value is None else value for value in columns["entropy"]])
+    np.testing.assert_allclose(shown, entropy[at], rtol=1e-4)
+    for name in ("internal", "external"):
+        chosen = getattr(file, name)
+        np.testing.assert_array_equal(np.array(columns["set"]) == name, chosen[at])
+        assert (np.array(columns["set"])[: chosen.sum()] != "filtered out").all()
+        grid = np.array(spread["grids"][spread["views"][choices(spread).index((name,))]["grid"]])
+        np.testing.assert_array_equal(grid.sum(axis=1), chosen.sum(axis=1))
+    begins = json.loads((tmp_path / "run" / "result.json").read_text())["analysis"][0]["stages"]
+    with np.load(tmp_path / "run" / "flows.npz") as stored:
+        assert len(streams["views"]) == 8
+        for (measure, passage, quantity), view in zip(choices(streams), streams["views"]):
+            flow = stored[f"{measure}_{passage}_{'mean' if quantity.startswith('mean') else 'mass'}"]
+            for series in view["series"]:
+                source, target = (SEGMENTS.index(name) for name in series["name"].split(" to "))
+                np.testing.assert_allclose(series["values"], flow[:, source, target], rtol=1e-4)
+            if quantity.startswith("mean"):
+                wanted = {start for start in begins[f"{measure}_{passage}"].values() if start is not None}
+                assert {band["start"] for band in view["bands"]} == wanted | {0}
