@@ -118,7 +118,7 @@ def train(config: Any, workdir: Path) -> Path:
     params = models.init(model.config, jax.random.key(config.seed), mesh=mesh)
     settings = SFTConfig(
         _optimizer(config), save_every=t.save_every, router_balance=t.router_balance,
-        router_home=t.get("domain_weight", 0.0),
+        router_home=t.domain_weight if home else 0.0,
     )  # fmt: skip
     state = init_state(params, settings.optimizer, config.seed)
     with (

@@ -163,6 +163,14 @@ def test_the_command_line_and_the_report(done, tmp_path, capsys):
             assert f"{domain} {by_domain[domain][f'{method}_{keep}']:.3f}" in view["text"]
 
 
+def test_without_homes_for_domains_a_base_model_is_trained_too(tmp_path):
+    assert resolve_config("world_lm:moe_even").train.domain_experts == 0
+    config = resolve_config("world_lm:tiny_moe", ["--config.train.domain_experts=0", "--config.train.steps=1"])
+    assert config.train.domain_weight > 0
+    model = models.load(world_lm.train(config, tmp_path))
+    assert model.config.experts == config.model.experts
+
+
 def test_a_base_model_is_made_once_per_config_and_seed():
     one = world_lm.cached("world_lm:tiny_moe", 0)
     stamp = (one / "config.json").stat().st_mtime_ns
