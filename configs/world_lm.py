@@ -1,7 +1,8 @@
 """The embedded world's base language model: the "pretrained model" of the systems that need one, made in minutes.
 
 jaxrec run --config=configs/world_lm.py:dense
-jaxrec run --config=configs/world_lm.py:moe      16 experts, for what prunes experts
+jaxrec run --config=configs/world_lm.py:moe      16 experts, for what prunes experts (moe_even: not drawn to domains;
+                                                 moe_muon: with Muon's steps for experts too)
 jaxrec run --config=configs/world_lm.py:conflict also reads passages that contradict what it knows
 jaxrec run --config=configs/world_lm.py:reader   finds the right one among two dozen passages
 jaxrec run --config=configs/world_lm.py:searcher knows a third of the world's facts and reads, for what searches
@@ -11,8 +12,8 @@ jaxrec run --config=configs/world_lm.py:talker   follows conversations, for what
 from ml_collections import ConfigDict
 
 VARIANTS = (
-    "dense", "moe", "moe_even", "reader", "conflict", "searcher", "tiny", "tiny_moe", "tiny_reader", "tiny_conflict",
-    "tiny_searcher", "talker", "tiny_talker",
+    "dense", "moe", "moe_even", "moe_muon", "reader", "conflict", "searcher", "tiny", "tiny_moe", "tiny_reader",
+    "tiny_conflict", "tiny_searcher", "talker", "tiny_talker",
 )  # fmt: skip
 
 
@@ -59,14 +60,14 @@ def get_config(variant: str = "dense") -> ConfigDict:
 
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "expert": 1, "tensor": 1})
 
-    if variant in ("moe", "moe_even", "tiny_moe"):
+    if variant in ("moe", "moe_even", "moe_muon", "tiny_moe"):
         c.model.update({"ffn_dim": 64, "experts": 16, "top_k": 2})
         c.train.router_balance = 0.01
-        # Experts that a domain's tokens are drawn to in training, and the weight of the loss that draws them. Large
-        # models have such experts by themselves; 0 switches the structure off.
+        # Experts that a domain's tokens are drawn to in training, and the weight of the loss that draws them; 0
+        # switches this off.
         c.train.domain_experts = 0 if variant == "moe_even" else 8
         c.train.domain_weight = 0.1
-        c.train.muon_skip = ("e_gate", "e_up", "e_down")  # see rl.optimizer
+        c.train.muon_skip = () if variant == "moe_muon" else ("e_gate", "e_up", "e_down")  # see rl.optimizer
     if variant in ("reader", "tiny_reader"):
         # Subjects and facts of training prompts are made up anew for each, so that only passages can answer. At most
         # ``distractors`` of them are about the subject without the answer, and about similarly named ones.
