@@ -6,6 +6,7 @@ else. Its size is bounded here; what is left out for that is told in its ``note`
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,11 @@ class Record:
 def numbers(values: Any) -> Any:
     """Nested lists of ``values`` with five significant digits, None for what is not finite; integers stay whole."""
     array = np.asarray(values)
-    if array.ndim:
-        return [numbers(part) for part in array]
     if np.issubdtype(array.dtype, np.integer):
-        return int(array)
-    return float(f"{float(array):.{_DIGITS}g}") if np.isfinite(array) else None
+        return array.tolist()
+    out = np.empty(array.size, object)
+    out[:] = [float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in array.ravel().tolist()]
+    return out.reshape(array.shape).tolist()
 
 
 def _selects(names: Sequence[str], views: Sequence[MapView] | Sequence[CurvesView]) -> list[dict[str, Any]]:

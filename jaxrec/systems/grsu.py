@@ -345,8 +345,8 @@ def interact(this: Run) -> dict[str, list[Tree]]:
 
 
 def search_trees(this: Run) -> dict[str, list[Tree]]:
-    """Trees of every search, kept in ``trees/<name>.jsonl``; what is there is read back, if the same recommender and
-    user, by kind and settings, played it (folders and addresses may change when a run is resumed)."""
+    """Trees of every search, kept in ``trees/<name>.jsonl``. What is there is read back if the recommender and the user
+    that played it had these settings, folders and addresses included, which may change when a run is resumed."""
     dialogues = [instance.dialogue for instance in this.task.parts["test"]]
     player, out = this.user(this.player), {}
     players = json.dumps([this.config.recommender.to_dict(), this.config.user.to_dict()], sort_keys=True)

@@ -2,23 +2,28 @@
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import models
 from jaxrec.config import UsageError
 from jaxrec.data.pipeline import batches
 from jaxrec.systems import world_lm
+from models.sharding import use_mesh
 from rl.checkpoint import Checkpointer
+from rl.envs.base import Environment
 from rl.finetune import SFTConfig, sft
 from rl.metrics import MetricsWriter
 from rl.optimizer import OptimizerConfig, init_state
 from rl.policy import GRPOConfig
-from rl.trainer import train
+from rl.rollout import RolloutConfig, rollout
+from rl.trainer import Auxiliary, train
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,13 +81,31 @@ class ModelRun:
         models.save(model.replace(params=state.params), self.checkpoint(name) / "model")
 
     def reinforce(
-        self, name: str, model: models.Model, settings: GRPOConfig, prompts: int, play: Callable, steps: int,
-        shown: Sequence[str], **options: Any,
+        self, name: str, model: models.Model, settings: GRPOConfig, env: Environment, examples: Sequence[Any],
+        options: RolloutConfig, reward: Callable[[Sequence[Any], np.ndarray], Mapping[str, np.ndarray]],
+        counts: Callable[[Sequence[Any], Mapping[str, np.ndarray]], Mapping[str, float]], steps: int,
+        shown: Sequence[str], auxiliary: Auxiliary | None = None,
     ) -> None:  # fmt: skip
-        """Policy optimisation into ``checkpoints/<name>``. prompts: how many there are; ``play`` (see
-        :func:`rl.trainer.train`) gets their numbers as "index". shown: metrics of the terminal's line. options: more of
-        ``train``. The model's buffers are given away."""
-        feed = batches({"index": np.arange(prompts)}, settings.prompts_per_step, self.seed)
+        """Policy optimisation in an environment into ``checkpoints/<name>``.
+
+        examples: as the environment takes them. reward: final states and their groups -> its parts. counts: states and
+        these -> metrics. shown: metrics of the terminal's line. auxiliary: see :func:`rl.trainer.train`; it gets the
+        final states. The model is the reference of a KL penalty; its buffers are given away."""
+
+        def play(params: Any, batch: dict[str, np.ndarray], key: jax.Array):
+            with use_mesh(self.mesh):
+                trajectory, states = rollout(
+                    params, model.config, model.tokenizer, env, [examples[i] for i in batch["index"]], key, options,
+                    group_size=settings.group_size, fuse=self.mesh is None,
+                )  # fmt: skip
+            begin = time.perf_counter()
+            parts = reward(states, trajectory.groups)
+            info = {**counts(states, parts), "carry": states, "seconds": {"reward": time.perf_counter() - begin}}
+            return trajectory, parts, info
+
+        penalised = settings.kl_reward or settings.kl_coef
+        reference = jax.tree.map(jnp.copy, model.params) if penalised else None  # the state's buffers are given away
+        feed = batches({"index": np.arange(len(examples))}, settings.prompts_per_step, self.seed)
         state = init_state(model.params, settings.optimizer, self.seed)
         with (
             MetricsWriter(self.folder, name, steps, show=shown) as writer,
@@ -90,6 +113,6 @@ class ModelRun:
         ):
             state = train(
                 settings, model.config, state, feed, play, steps=steps, writer=writer, checkpointer=keeper,
-                mesh=self.mesh, **options,
+                mesh=self.mesh, ref_params=reference, auxiliary=auxiliary,
             )  # fmt: skip
         models.save(model.replace(params=state.params), self.checkpoint(name) / "model")

@@ -10,12 +10,10 @@ at the other's cost. A KL penalty keeps it near its supervised start.
 import collections
 import math
 import re
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrec.config import UsageError
@@ -196,24 +194,12 @@ def reinforce(this: Any, user: User) -> None:
     settings, options, reward = policy_config(this.config, this.seed), rollout_config(r), UserReward(REWARDS[r.reward])
     examples = talks(this.task.parts["train"])
 
-    def play(params: Any, batch: dict[str, np.ndarray], key: jax.Array):
-        with use_mesh(this.mesh):
-            trajectory, states = rollout(
-                params, model.config, model.tokenizer, env, [examples[i] for i in batch["index"]], key, options,
-                group_size=r.group_size, fuse=this.mesh is None,
-            )  # fmt: skip
-        begin = time.perf_counter()
-        parts = reward(states)
-        info = {
-            **user_counts(states),
-            "hit": float(hit(states, "any").mean()),
-            "seconds": {"reward": time.perf_counter() - begin},
-        }
-        return trajectory, parts, info
+    def counts(states: Sequence[State], parts: Mapping[str, np.ndarray]) -> dict[str, float]:
+        return {**user_counts(states), "hit": float(hit(states, "any").mean())}
 
     shown = ("reward", "hit", "score_last", "failed_critique", "kl_ref")
-    reference = jax.tree.map(jnp.copy, model.params) if r.kl_coef else None  # the state's buffers are given away
-    this.reinforce(TRAINED, model, settings, len(examples), play, r.steps, shown, ref_params=reference)
+    judged = lambda states, groups: reward(states)  # noqa: E731
+    this.reinforce(TRAINED, model, settings, env, examples, options, judged, counts, r.steps, shown)
 
 
 def rollout_config(settings: Any, temperature: float = 1.0) -> RolloutConfig:

@@ -1,13 +1,11 @@
 """What the search systems' recipes share: one seed of one config with its task, models, environment and sampling."""
 
 import functools
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import models
@@ -127,31 +125,15 @@ class SearchRun(ModelRun):
 
         questions: as the environment takes them. auxiliary: see :func:`rl.trainer.train`; it gets the final states. The
         model is the reference of a KL penalty; its buffers are given away. "right" counts answers that fit in full."""
-        options = self.rollout_config()
 
-        def play(params: Any, batch: dict[str, np.ndarray], key: jax.Array):
-            with use_mesh(self.mesh):
-                trajectory, states = rollout(
-                    params, model.config, model.tokenizer, env, [questions[i] for i in batch["index"]], key, options,
-                    group_size=settings.group_size, fuse=self.mesh is None,
-                )  # fmt: skip
-            begin = time.perf_counter()
-            parts = reward(states, trajectory.groups)
-            info = {
-                **search_counts(states),
-                "right": float((parts["answer"] >= 1.0).mean()),
-                "carry": states,
-                "valid_format": float((parts["format"] == 0).mean()),
-                "seconds": {"reward": time.perf_counter() - begin},
-            }
-            return trajectory, parts, info
+        def counts(states: Sequence[State], parts: Mapping[str, np.ndarray]) -> dict[str, float]:
+            right, valid = parts["answer"] >= 1.0, parts["format"] == 0
+            return {**search_counts(states), "right": float(right.mean()), "valid_format": float(valid.mean())}
 
-        # A copy, since the state's buffers are given away.
-        reference = jax.tree.map(jnp.copy, model.params) if settings.kl_reward else None
         shown = ("reward", "right", "searches", "valid_format")
         self.reinforce(
-            name, model, settings, len(questions), play, self.config.rl.steps, shown, ref_params=reference,
-            auxiliary=auxiliary,
+            name, model, settings, env, questions, self.rollout_config(), reward, counts, self.config.rl.steps, shown,
+            auxiliary,
         )  # fmt: skip
 
 

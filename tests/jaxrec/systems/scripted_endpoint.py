@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.jaxrec.local_server import started
+
 # (prompt, seed) -> (what is noted of the request, what is said, why it ends)
 Answer = Callable[[str, int], tuple[Any, str, str]]
 # What is said -> its tokens, each (text, log-probability, [(text, log-probability) of the likeliest, ...]).
@@ -50,12 +52,6 @@ def endpoint(
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads, server.asked, server.lock = True, [], threading.Lock()
     server.answer, server.status, server.tokens = answer, status, tokens
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with started(server):
+        server.url = f"{server.root}/v1"
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

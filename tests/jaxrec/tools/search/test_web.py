@@ -16,6 +16,7 @@ from jaxrec.tools.search import ResultCache, SearchTool
 from jaxrec.tools.search import web as web_module
 from jaxrec.tools.search.fetch import FetchSettings
 from jaxrec.tools.search.web import WebSearch, WebSettings
+from tests.jaxrec.local_server import started
 
 KEY = "s3cret-key-0123456789"
 PATIENCE = 60.0  # seconds for what must come in time, on a machine under load
@@ -124,19 +125,14 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", f" {KEY}\n")
-    with Server(("127.0.0.1", 0), Handler) as server:
-        server.lock, server.gate = threading.Lock(), threading.Event()
-        server.asked, server.got, server.given, server.entries = [], [], [], {}
-        server.enough, server.together, server.clock = 0, threading.Barrier(8), 0.0
-        server.base = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.gate.set()
-            server.shutdown()
-            thread.join()
+    server = Server(("127.0.0.1", 0), Handler)
+    server.lock, server.gate = threading.Lock(), threading.Event()
+    server.asked, server.got, server.given, server.entries = [], [], [], {}
+    server.enough, server.together, server.clock = 0, threading.Barrier(8), 0.0
+    with started(server):
+        server.base = server.root
+        yield server
+        server.gate.set()
 
 
 def entry(server, name, snippet="", **more):

@@ -27,6 +27,7 @@ from jaxrec.tools.teacher import (
     ask_checked,
     ask_text,
 )
+from tests.jaxrec.local_server import started
 from tests.jaxrec.served import running, world_model
 
 KEY = "sk-very-secret-0123456789"
@@ -76,15 +77,9 @@ def misbehaving(script: Callable) -> Iterator[http.server.ThreadingHTTPServer]:
     server.daemon_threads = True
     server.handle_error = lambda *args: None  # it breaks connections on purpose
     server.script, server.seen, server.lock = script, [], threading.Lock()
-    server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with started(server):
+        server.url = f"{server.root}/v1"
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture(autouse=True)
