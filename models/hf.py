@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ _OWN = re.compile(
     r"(config|generation_config|model\.safetensors\.index)\.json|.*\.safetensors|README\.md|LICENSE.*|NOTICE.*|"
     r"\.gitattributes|" + "|".join(map(re.escape, FILES))
 )
+
+_DESCRIPTION = ("config.json", "generation_config.json")
+_PARTS = (*_DESCRIPTION, "*.safetensors", INDEX, *FILES)  # what is fetched from the hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +74,7 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | N
     if dtype not in (None, "float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32', 'bfloat16' or None (as stored), not {dtype!r}")
     folder = _find(path)
-    fields = text_part(read_json(folder / "config.json"), folder / "config.json")
-    generation = None
-    if (folder / "generation_config.json").is_file():
-        generation = read_json(folder / "generation_config.json")
-    config = config_from_hf(fields, folder / "config.json", generation)
+    config, fields, generation = _described(folder)
     check_mesh(config, mesh)
     block = tuple((fields.get("quantization_config") or {}).get("weight_block_size") or (1, 1))
     with Checkpoint(folder, config, block) as checkpoint:
@@ -85,8 +84,25 @@ def load(path: str | Path, mesh: jax.sharding.Mesh | None = None, dtype: str | N
     return Model(config.replace(dtype=compute), params, load_tokenizer(folder), fields, generation)
 
 
-def _find(path: str | Path) -> Path:
-    """The folder of a checkpoint: ``path`` itself, or a snapshot of the hub."""
+def read_config(path: str | Path) -> Config:
+    """What :func:`load` would give for the model's config, but for ``dtype``; no weight is read or downloaded.
+
+    Raises FileNotFoundError and ValueError as ``load`` does.
+    """
+    return _described(_find(path, _DESCRIPTION))[0]
+
+
+def _described(folder: Path) -> tuple[Config, dict[str, Any], dict[str, Any] | None]:
+    """The config that a folder's JSON files describe, and their fields."""
+    fields = text_part(read_json(folder / "config.json"), folder / "config.json")
+    generation = None
+    if (folder / "generation_config.json").is_file():
+        generation = read_json(folder / "generation_config.json")
+    return config_from_hf(fields, folder / "config.json", generation), fields, generation
+
+
+def _find(path: str | Path, parts: Sequence[str] = _PARTS) -> Path:
+    """The folder of a checkpoint: ``path`` itself, or a snapshot of the hub with the files that ``parts`` name."""
     if Path(path).expanduser().is_dir():
         return Path(path).expanduser()
     name = str(path)
@@ -95,8 +111,7 @@ def _find(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["config.json", "generation_config.json", "*.safetensors", INDEX, *FILES]
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(parts)))
     except Exception as error:  # the hub's client raises types of its own, which change with its HTTP library
         raise FileNotFoundError(
             f"{name} is no folder here and could not be downloaded from the hub ({type(error).__name__}: "

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import models
 from models import Config, hf_read
 from models.config import FAMILIES, RopeScaling
-from models.hf import Model
+from models.hf import Model, read_config
 from models.hf_config import config_from_hf, config_to_hf, text_part
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "models"
@@ -104,6 +104,13 @@ def test_half_precision_files_round_trip(dtype, tmp_path):
     assert loaded.config.dtype == ("bfloat16" if dtype == "bfloat16" else "float32")
     models.save(loaded, tmp_path / "again")
     assert (source / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "deepseek_v3"])
+def test_a_config_is_read_without_weights(name, tmp_path):
+    shutil.copytree(FIXTURES / name, tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors*", "tokenizer*"))
+    expected = models.load(FIXTURES / name).config
+    assert read_config(tmp_path / name).replace(dtype=expected.dtype) == expected
 
 
 def test_dtype_converts_weights_and_activations(tmp_path):
