@@ -17,6 +17,7 @@ from flax import struct
 from models.config import Config
 from models.draw import sample_rows
 from models.sample import Session, hooks, run_tokens, view_of
+from models.sharding import constrain
 from models.transformer import unembed
 
 
@@ -55,6 +56,18 @@ def _along_time(session: Session, change) -> Session:
     return session.replace(keys=keys, values=values)
 
 
+def _pinned(session: Session) -> Session:
+    """The session laid out on the mesh as ``prefill`` lays out its cache, logits whole in every row.
+
+    What all three programs return, and so take: left to the compiler, each would lay it out in a way of its own, and
+    the others would be compiled anew for every way that occurs.
+    """
+    session = _along_time(session, lambda x: constrain(x, "batch", "kv_heads", "time", "head_dim"))
+    return session.replace(
+        lens=constrain(session.lens, "batch"), logits=constrain(session.logits, "batch", "model")
+    )  # fmt: skip
+
+
 @functools.partial(jax.jit, static_argnames=("size",))
 def _resize(session: Session, rows: jax.Array, *, size: int) -> Session:
     def change(x):
@@ -64,7 +77,7 @@ def _resize(session: Session, rows: jax.Array, *, size: int) -> Session:
         return jnp.pad(x, ((0, 0), (0, 0), (0, size - x.shape[2]), (0, 0)))
 
     session = _along_time(session, change)
-    return session.replace(lens=session.lens[rows], logits=session.logits[rows])
+    return _pinned(session.replace(lens=session.lens[rows], logits=session.logits[rows]))
 
 
 def resize(session: Session, rows: np.ndarray, size: int) -> Session:
@@ -81,10 +94,10 @@ def _admit(session: Session, new: Session, source: jax.Array, target: jax.Array)
         lambda old, new: old.at[target, :, : new.shape[2]].set(new[source], mode="drop"),
         (session.keys, session.values), (new.keys, new.values),
     )  # fmt: skip
-    return session.replace(
+    return _pinned(session.replace(
         keys=keys, values=values, lens=session.lens.at[target].set(new.lens[source], mode="drop"),
         logits=session.logits.at[target].set(new.logits[source], mode="drop"),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def admit(session: Session, new: Session, source: np.ndarray, target: np.ndarray) -> Session:
@@ -143,7 +156,7 @@ def _advance(weights, session: Session, rows: Rows, is_eos, hooks, *, config, vi
             )
         session, hidden = run_tokens(weights, config, session, token[:, None], active.astype(jnp.int32), view, hooks)
         new = unembed(weights, config, hidden[:, 0])
-        session = session.replace(logits=jnp.where(active[:, None], new, logits), records={})
+        session = _pinned(session.replace(logits=jnp.where(active[:, None], new, logits), records={}))
         return step + 1, session, out, active & ~ended & (counts < rows.limits)
 
     def unfinished(carry):
