@@ -18,6 +18,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxrec.serve_engine import Busy, Closed, Engine, Job, Part, Ticket
 from jaxrec.serve_protocol import Asked, Refused, chunk, closing, opening, read, whole
 
@@ -222,28 +224,35 @@ def server(engine: Engine, name: str, max_body: int = 4_000_000, grace: int = 30
 def serve(
     path: str, *, host: str, port: int, name: str | None = None, dtype: str | None = None, max_batch: int = 16,
     max_len: int | None = None, slice_tokens: int = 8, max_waiting: int = 256, max_body: int = 4_000_000,
-    grace: int = 30,
+    grace: int = 30, mesh: jax.sharding.Mesh | None = None, int8: bool = False,
 ) -> None:  # fmt: skip
     """Load a model and serve it until SIGINT or SIGTERM: then nothing new is taken and running answers end.
 
-    name: of the model in requests (None: the last part of ``path``). Raises ValueError and OSError as ``models.load``,
-    :class:`Engine` and :func:`bind` do.
+    name: of the model in requests (None: the last part of ``path``). mesh, int8: as :class:`Engine` takes them; each
+    device reads its own parts of the weights. Raises ValueError and OSError as ``models.load``, :class:`Engine` and
+    :func:`bind` do.
     """
     import models
     from jaxrec.chat import has_template
 
     bound = bind(host, port)
-    model = models.load(path, dtype=dtype)
+    model = models.load(path, mesh=mesh, dtype=dtype)
     name = name or (Path(path).resolve().name if Path(path).exists() else path)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises it again when all is over
     with Engine(
-        model, max_batch=max_batch, max_len=max_len, slice_tokens=slice_tokens, max_waiting=max_waiting
-    ) as engine:
+        model, max_batch=max_batch, max_len=max_len, slice_tokens=slice_tokens, max_waiting=max_waiting, mesh=mesh,
+        int8=int8,
+    ) as engine:  # fmt: skip
         del model  # the engine has the weights in the layout that it needs
         template = "with its chat template" if has_template(engine.tokenizer) else "without a chat template"
         address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1"
+        how = [f"{max_batch} answers at a time"]
+        if mesh is not None:
+            how.append("mesh " + " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1))
+        if int8:
+            how.append("int8")
         bound.listen(2048)  # whoever reads the next line can connect
-        print(f"Serving '{name}' {template} at {address}, {max_batch} answers at a time; Ctrl+C ends", flush=True)
+        print(f"Serving '{name}' {template} at {address}, {', '.join(how)}; Ctrl+C ends", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             server(engine, name, max_body, grace).run(sockets=[bound])
     print(f"Served {engine.counts['requests']} requests, {engine.counts['tokens']} tokens")

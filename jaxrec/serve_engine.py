@@ -2,30 +2,32 @@
 
 Requests wait in a queue. Between slices of a few tokens the worker lets go of rows that are finished or no longer
 wanted, runs the prompts of waiting requests into free rows, and goes on: nobody waits for another's answer to end. Rows
-are 1, 4, 16, 64, ..., slots of the cache powers of two, prompts are padded to a few lengths and run 1, 4, 16, ... at a
-time, and settings are arrays, so that a handful of programs is compiled, never one per request. A very long prompt
-holds the others up while it is run.
+are 1, 4, 16, 64, ... on each of the devices that share them, slots of the cache powers of two, prompts are padded to a
+few lengths and run 1, 4, 16, ... at a time, and settings are arrays, so that a handful of programs is compiled, never
+one per request. A very long prompt holds the others up while it is run.
 """
 
 import collections
 import dataclasses
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxrec.serve_text import Pieces, Stream
 from models.hf import Model
 from models.layout import decode_weights
 from models.sample import Session, bucket, prefill
-from models.sharding import to_host
+from models.sharding import RULES, to_host, use_mesh
 from models.slots import Rows, admit, advance, resize
 
 TOP = 20  # likeliest tokens at most
 _COUNTS = ("requests", "prompt_tokens", "tokens", "slices", "largest_batch", "failures", "abandoned")  # since the start
-_PREFILL = 16384  # tokens of one prefill, padding included
+_PREFILL = 16384  # tokens of one prefill, padding included, on each device that shares the rows
 _SHRINK_AFTER = 16  # slices that half of the rows or slots would have done
 _SMALLEST = 128  # slots
 
@@ -121,8 +123,9 @@ def _power(n: int, smallest: int) -> int:
     return max(smallest, 1 << max(n - 1, 0).bit_length())
 
 
-def _rows_for(n: int) -> int:
-    rows = 1
+def _rows_for(n: int, shards: int) -> int:
+    """How many rows hold ``n``: 1, 4, 16, ... on each of the ``shards`` devices that share them."""
+    rows = shards
     while rows < n:
         rows *= 4
     return rows
@@ -137,13 +140,14 @@ class Engine:
     """Serves one model with a tokenizer. Use as a context manager, or ``start`` and ``stop``.
 
     max_batch: answers made at a time. max_len: tokens of a prompt and its answer, at most (None: the model's context).
-    slice_tokens: tokens between two looks at the queue. max_waiting: requests in the queue. Raises ValueError for a
-    model without tokenizer and for numbers that make no sense.
+    slice_tokens: tokens between two looks at the queue. max_waiting: requests in the queue. mesh: where the model's
+    weights lie; answers are split over its ``data``, ``fsdp`` and ``expert`` axes. int8: matrices in eight bits, see
+    ``models.decode_weights``. Raises ValueError for a model without tokenizer and for numbers that make no sense.
     """
 
     def __init__(
         self, model: Model, *, max_batch: int = 16, max_len: int | None = None, slice_tokens: int = 8,
-        max_waiting: int = 256,
+        max_waiting: int = 256, mesh: jax.sharding.Mesh | None = None, int8: bool = False,
     ):  # fmt: skip
         if model.tokenizer is None:
             raise ValueError("the model folder has no tokenizer files, so that text cannot be turned into tokens")
@@ -155,7 +159,11 @@ class Engine:
             raise ValueError(f"max_len={max_len} must lie between 2 and the model's context of {model.config.max_len}")
         self.config, self.tokenizer, self.max_batch = model.config, model.tokenizer, max_batch
         self.pieces = Pieces(model.tokenizer)
-        self._weights = decode_weights(model.params, model.config)
+        self._mesh = mesh
+        with use_mesh(mesh):
+            self._weights = decode_weights(model.params, model.config, fuse=mesh is None, int8=int8)
+        self._shards = 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"])
+        self._most_rows = -(-max_batch // self._shards) * self._shards
         self._slice, self._max_waiting = slice_tokens, max_waiting
         self._session: Session | None = None
         self._rows: list[_Row | None] = []
@@ -231,9 +239,10 @@ class Engine:
                 if self._closing:
                     break
             try:
-                self._let_go()
-                self._admit()
-                self._advance()
+                with use_mesh(self._mesh):
+                    self._let_go()
+                    self._admit()
+                    self._advance()
             except Exception as error:
                 # Whatever it was, the cache is not to be trusted: everyone in it is told, the queue goes on.
                 self.counts["failures"] += 1
@@ -269,7 +278,7 @@ class Engine:
             if not ticket.cancelled:
                 chosen.append(ticket)
                 room -= ticket.job.n
-        for group in _groups(chosen):
+        for group in _groups(chosen, self._shards):
             try:
                 self._prefill(group)
             except Exception as error:
@@ -304,7 +313,7 @@ class Engine:
         """Make room for ``more`` rows, and in every row for the next slice; give room back that long was too much."""
         kept = [i for i, row in enumerate(self._rows) if row is not None]
         reach = max([longest, *(self._rows[i].length for i in kept)]) + self._slice
-        rows = min(_rows_for(len(kept) + more), self.max_batch)
+        rows = min(_rows_for(len(kept) + more, self._shards), self._most_rows)
         slots = self._slots_for(reach)
         session = new if self._session is None else self._session
         have = (0, 0) if self._session is None else (len(self._rows), session.size)
@@ -382,15 +391,16 @@ class Engine:
         return finish is not None
 
 
-def _groups(tickets: list[Ticket]) -> Iterator[list[Ticket]]:
-    """Prompts of one width together, 1, 4, 16, ... of them, no more than ``_PREFILL`` tokens unless it is one."""
+def _groups(tickets: list[Ticket], shards: int) -> Iterator[list[Ticket]]:
+    """Prompts of one width together: 1, 4, 16, ... of them on each of ``shards`` devices, or in all where there are
+    fewer than devices; no more than ``_PREFILL`` tokens on a device unless it is one prompt."""
     by_width: dict[int, list[Ticket]] = {}
     for ticket in tickets:
         by_width.setdefault(_width_for(len(ticket.job.prompt)), []).append(ticket)
     for width, group in by_width.items():
         while group:
-            size = 1
-            while size * 4 <= len(group) and size * 4 * width <= _PREFILL:
+            size = spread = shards if shards <= len(group) else 1
+            while size * 4 <= len(group) and size * 4 * width <= _PREFILL * spread:
                 size *= 4
             yield group[:size]
             group = group[size:]

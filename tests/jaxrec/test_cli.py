@@ -352,7 +352,7 @@ def test_serve_passes_its_options_on(tmp_path: Path, capsys, monkeypatch: pytest
     assert (code, err) == (cli.OK, "")
     assert asked == [(str(tmp_path), {
         "host": "127.0.0.1", "port": 0, "name": "mine", "dtype": "bfloat16", "max_batch": 16, "max_len": 64,
-        "slice_tokens": 8, "max_waiting": 256, "max_body": 4_000_000, "grace": 30,
+        "slice_tokens": 8, "max_waiting": 256, "max_body": 4_000_000, "grace": 30, "mesh": None, "int8": False,
     })]  # fmt: skip
 
 
