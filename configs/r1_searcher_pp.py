@@ -18,7 +18,7 @@ def _base() -> ConfigDict:
     c.seeds = (0,)
     c.runtime_fields = (
         "model.path", "data.train", "data.test", "data.corpus", "teacher.url", "teacher.key_variable", "mesh",
-        "evaluate.judge", "evaluate.judge_url", "evaluate.judge_key_variable",
+        "evaluate.judge", "evaluate.judge_url", "evaluate.judge_key_variable", "evaluate.judge_max_tokens",
     )  # fmt: skip
 
     c.model = ConfigDict()
@@ -98,6 +98,7 @@ def _base() -> ConfigDict:
     c.evaluate.judge = ""  # a model that judges answers beside the rules (papers: gpt-4o-mini), "" for none ...
     c.evaluate.judge_url = ""  # ... at this OpenAI-compatible address; "" is the teacher's, with its key
     c.evaluate.judge_key_variable = "OPENAI_API_KEY"  # environment variable with the key for judge_url, "" for none
+    c.evaluate.judge_max_tokens = 64  # of its reply, which is one word; a judge that thinks first needs more
     c.evaluate.probes = 120  # closed-book questions of each kind, of the world
     c.evaluate.ablations = ()  # of no_group, no_memory: trained from the same cold start for as many steps
     # Decided before the first result, on paired 95 % intervals over the questions of all seeds: reinforcement learning

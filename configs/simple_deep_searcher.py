@@ -21,6 +21,7 @@ def _base() -> ConfigDict:
     c.runtime_fields = (
         "model.path", "data.train", "data.test", "data.corpus", "data.endpoint", "data.search_key", "teacher.url",
         "teacher.key_variable", "mesh", "evaluate.judge", "evaluate.judge_url", "evaluate.judge_key_variable",
+        "evaluate.judge_max_tokens",
     )  # fmt: skip
 
     c.model = ConfigDict()
@@ -144,6 +145,7 @@ def _base() -> ConfigDict:
     c.evaluate.judge = ""  # a model that judges answers beside the rules (papers: gpt-4o-mini), "" for none ...
     c.evaluate.judge_url = ""  # ... at this OpenAI-compatible address; "" is the teacher's, with its key
     c.evaluate.judge_key_variable = "OPENAI_API_KEY"  # environment variable with the key for judge_url, "" for none
+    c.evaluate.judge_max_tokens = 64  # of its reply, which is one word; a judge that thinks first needs more
     # Trained in place of sft on as many rollouts: uncurated, drawn from all; no_format, no_path, no_difficulty,
     # no_search, curated without that filter.
     c.evaluate.ablations = ("uncurated",)

@@ -67,7 +67,7 @@ class SearchRun(ModelRun):
         path = self.folder / "teacher" / "judge.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         asked = search_task.judge_endpoint(self.config.evaluate, self.config.teacher)
-        return teacher_judge(StoredTeacher(asked, path), self.config.teacher.max_tokens)
+        return teacher_judge(StoredTeacher(asked, path), self.config.evaluate.judge_max_tokens)
 
     def options(self, k: int, max_searches: int, on_error: str) -> SearchOptions:
         """The environment's rules."""
@@ -160,7 +160,9 @@ def check_source(config: Any) -> None:
 
 
 def check_judge(config: Any) -> None:
-    """Raise UsageError where answers are to be judged and the judge has no address or key."""
+    """Raise UsageError where answers are to be judged and the judge has no address, no key or no token to say so."""
+    if (most := config.evaluate.judge_max_tokens) < 1:
+        raise UsageError(f"evaluate.judge_max_tokens={most} must be at least 1")
     if config.evaluate.judge:
         search_task.judge_endpoint(config.evaluate, config.teacher)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jaxrec.config import UsageError, resolve_config
+from jaxrec.data.qa import Question
 from jaxrec.evaluate import search as judging
 from jaxrec.systems import r1_searcher_pp, simple_deep_searcher
 from jaxrec.tools.search import Result, read_passages
@@ -232,6 +233,20 @@ def test_a_judge_needs_an_address_and_a_key(place, tmp_path, monkeypatch):
             system.run(config, tmp_path, ["evaluate"])
         with pytest.raises(UsageError, match=r"set evaluate\.judge_url"):
             system.run(resolve_config(f"{name}:tiny", ["--config.evaluate.judge=m"]), tmp_path, ["evaluate"])
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_judges_request_has_tokens_of_its_own(place, tmp_path, name):
+    """Whatever the teacher's replies may hold: one word by default, room to think where the config gives it."""
+    files, pairs = made_up(tmp_path), [(Question("q", "Who?", ("Ann",), ""), "Ann")]
+    for more, tokens in (({}, 64), ({"evaluate__judge_max_tokens": 900}, 900)):
+        config = config_of(place, name, files, files[name], evaluate__judge="m", teacher__max_tokens=333, **more)
+        assert SYSTEMS[name][0].Run(config, 0, tmp_path, None).judge(pairs) == ["True"]
+        request = read(tmp_path / "teacher" / "judge.jsonl")[-1]["request"]
+        assert (request["role"], request["sampling"]["max_tokens"]) == ("judge", tokens)
+    none = config_of(place, name, files, files[name], evaluate__judge_max_tokens=0)
+    with pytest.raises(UsageError, match=r"evaluate\.judge_max_tokens=0 must be at least 1"):
+        SYSTEMS[name][0].run(none, tmp_path, ["evaluate"])
 
 
 def test_searches_that_fail_are_told_from_those_that_were_made(done, tmp_path):
