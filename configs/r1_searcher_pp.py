@@ -73,6 +73,7 @@ def _base() -> ConfigDict:
     c.rl.steps = 60
     c.rl.group_size = 8  # paper: 16
     c.rl.prompts_per_step = 16  # paper: 64
+    c.rl.minibatches = 1  # updates of a rollout batch; 1 is strictly on-policy, as in the paper
     c.rl.micro_batches = 1
     c.rl.advantage = "reinforce_pp_baseline"  # or reinforce_pp, grpo
     c.rl.aggregation = "sequence"
@@ -129,12 +130,12 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.env.update({"k": 3, "test_k": 5, "max_searches": 4, "short": False})
         c.rollout.update({"max_prompt": 1024, "max_total": 4096, "max_new": 512})
         c.cold_start.update({"author": "self", "per_question": 2, "steps": 76, "batch_size": 64, "lr": 2e-5})
-        c.rl.update({"steps": 100, "lr": 2e-6, "kl": 1e-4, "b2": 0.95, "micro_batches": 8})
+        c.rl.update({"steps": 100, "lr": 2e-6, "kl": 1e-4, "b2": 0.95, "micro_batches": 16})
         c.evaluate.batch_size = 64
     if variant == "paper":
         c.data.update({"cold_questions": 2000, "train_questions": 0})
         c.env.max_searches = 8
         c.rollout.max_total = 8192
-        c.rl.update({"steps": 127, "group_size": 16, "prompts_per_step": 64, "micro_batches": 32})
+        c.rl.update({"steps": 127, "group_size": 16, "prompts_per_step": 64, "micro_batches": 16})
         c.mesh.update({"data": 1, "fsdp": 64})
     return c

@@ -124,6 +124,7 @@ def _base() -> ConfigDict:
     c.rl.most_right = 6  # ... and so many at most, where the question is used
     c.rl.group_size = 8
     c.rl.prompts_per_step = 16
+    c.rl.minibatches = 1  # updates of a rollout batch; 1 is strictly on-policy, as in the paper
     c.rl.micro_batches = 1
     c.rl.advantage = "reinforce_pp_baseline"  # or reinforce_pp, grpo
     c.rl.aggregation = "sequence"

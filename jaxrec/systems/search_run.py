@@ -143,8 +143,8 @@ def policy_config(config: Any, seed: int, **changes: Any) -> GRPOConfig:
     optimizer = OptimizerConfig(lr=r.lr, warmup_steps=r.warmup, b2=r.b2)
     return GRPOConfig(
         optimizer=optimizer, prompts_per_step=r.prompts_per_step, group_size=r.group_size,
-        micro_batches=r.micro_batches, advantage=r.advantage, aggregation=r.aggregation, clip_low=r.clip,
-        clip_high=r.clip, kl_reward=r.kl, max_total=longest, length_buckets=(longest // 2, longest),
+        minibatches=r.minibatches, micro_batches=r.micro_batches, advantage=r.advantage, aggregation=r.aggregation,
+        clip_low=r.clip, clip_high=r.clip, kl_reward=r.kl, max_total=longest, length_buckets=(longest // 2, longest),
         save_every=r.save_every, logprob_chunk=r.logprob_chunk, seed=seed, log_entropy=False, max_env_errors=0.02,
         **changes,
     )  # fmt: skip

@@ -10,10 +10,10 @@
 
 The paper's code for dpo and rl is not public. Pairs are made as its section 4.2 says, and results are masked there too.
 Of rl the paper gives the questions, the reward and that it is strictly on-policy (appendix C): one update a rollout
-batch here. Its learning rate, KL weight, batch and steps are not told; the config has R1-Searcher's, and its form of
-the advantage (arXiv 2503.05592). The paper's scores fall by rl and its responses become much shorter (table 3), so that
-a model that got worse is no sign of a fault. The embedded world's figures say that the machinery works; the paper's
-tables need its models.
+batch (rl.minibatches). Its learning rate, KL weight, batch and steps are not told; the config has R1-Searcher's, and
+its form of the advantage (arXiv 2503.05592). The paper's scores fall by rl and its responses become much shorter
+(table 3), so that a model that got worse is no sign of a fault. The embedded world's figures say that the machinery
+works; the paper's tables need its models.
 """
 
 import functools
@@ -184,7 +184,7 @@ def check(config: Any, stages: Sequence[str] = STAGES) -> None:
         )
     check_lengths(c)
     searcher_config(c), sampling_config(c), curation_config(c), dpo_config(c), reward_config(c)
-    policy_config(c, 0, minibatches=1)
+    policy_config(c, 0)
     for k in (c.env.k, c.env.test_k):
         search_options(c, k, c.env.max_searches)
     if c.data.source == "files" and {*stages} - {"curate", "sft"}:
@@ -429,7 +429,7 @@ def rl_stage(this: Run) -> None:
     count = lambda text: len(model.tokenizer.encode(text))  # noqa: E731
     reward = SearchReward(fit, reward_config(this.config), count_tokens=count)
     env = this.env(model.tokenizer, k=this.config.env.k, on_error="drop")
-    this.explore("rl", model, policy_config(this.config, this.seed, minibatches=1), env, reward, questions)
+    this.explore("rl", model, policy_config(this.config, this.seed), env, reward, questions)
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

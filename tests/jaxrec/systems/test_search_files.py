@@ -13,6 +13,7 @@ from jaxrec.config import UsageError, resolve_config
 from jaxrec.data.qa import Question
 from jaxrec.evaluate import search as judging
 from jaxrec.systems import r1_searcher_pp, simple_deep_searcher
+from jaxrec.systems.search_run import policy_config
 from jaxrec.tools.search import Result, read_passages
 from tests.jaxrec.systems import scripted_endpoint, searching
 
@@ -247,6 +248,22 @@ def test_a_judges_request_has_tokens_of_its_own(place, tmp_path, name):
     none = config_of(place, name, files, files[name], evaluate__judge_max_tokens=0)
     with pytest.raises(UsageError, match=r"evaluate\.judge_max_tokens=0 must be at least 1"):
         SYSTEMS[name][0].run(none, tmp_path, ["evaluate"])
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_rollout_batch_gives_as_many_updates_as_the_config_says(place, tmp_path, monkeypatch, name):
+    """One by default, in every variant: both papers are strictly on-policy."""
+    system, given = SYSTEMS[name][0], []
+    for variant in ("demo", "world", "tiny", "small", "paper"):
+        assert policy_config(resolve_config(f"{name}:{variant}"), 0).updates_per_step == 1
+    monkeypatch.setattr(system.Run, "model", lambda this, _: this.load(place[1]))
+    monkeypatch.setattr(system.Run, "explore", lambda this, stage, model, settings, *rest: given.append(settings))
+    monkeypatch.setattr(simple_deep_searcher, "questions_to_explore", lambda this, model: [])
+    files = made_up(tmp_path)
+    for more in ({}, {"rl__minibatches": 4}):
+        own = {"rl__steps": 1, "rl__group_size": 2, "rl__prompts_per_step": 2, "rl__micro_batches": 1, **more}
+        system.RECIPE["rl"](system.Run(config_of(place, name, files, files[name], **own), 0, tmp_path, None))
+    assert [settings.minibatches for settings in given] == [1, 4]
 
 
 def test_searches_that_fail_are_told_from_those_that_were_made(done, tmp_path):
