@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import models
 from jaxrec.config import UsageError
 from jaxrec.systems.recommender_rl import TRAINED, query_prompts, query_room, searched_lists
@@ -174,7 +176,7 @@ def _check_writer(config: Any) -> None:
 
 
 def _writer(this: Any) -> Teacher:
-    """The language model that recommends, its replies kept in a file. One that is run here lies on one device."""
+    """The language model that recommends, its replies kept in a file. One that is run here lies on the run's mesh."""
     w = this.config.recommender.writer
     if not (w.path or w.url or w.model):
         return this.teacher
@@ -184,7 +186,20 @@ def _writer(this: Any) -> Teacher:
     from jaxrec.tools.teacher.local import LocalTeacher
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    return StoredTeacher(LocalTeacher(models.load(w.path, dtype=this.config.model.dtype), w.path), path)
+    mesh = _mesh(this)
+    model = models.load(w.path, mesh=mesh, dtype=this.config.model.dtype)
+    return StoredTeacher(LocalTeacher(model, w.path, mesh=mesh), path)
+
+
+def _mesh(this: Any) -> jax.sharding.Mesh | None:
+    """The run's mesh, for a model that writes. Raises UsageError for one of several processes: what is batched hangs on
+    when requests come, and all processes of a mesh must run the same programs."""
+    if this.mesh is not None and this.mesh.is_multi_process:
+        raise UsageError(
+            f"recommender.kind={this.config.recommender.kind}: a model that is run here to write queries or titles "
+            "needs a mesh of one process; name an endpoint (recommender.writer.url), or run in one process"
+        )
+    return this.mesh
 
 
 # --- sequential -------------------------------------------------------------------------------------------------------
@@ -257,11 +272,12 @@ def _policy_room(this: Any, model: models.Model) -> None:
 def _policy(this: Any) -> Recommender:
     c = this.config.recommender
     path = Path(c.policy.path) if c.policy.path else this.finished(TRAINED)
-    model = models.load(path, dtype=this.config.model.dtype)
+    mesh = _mesh(this)
+    model = models.load(path, mesh=mesh, dtype=this.config.model.dtype)
     if model.tokenizer is None:
         raise UsageError(f"{path} holds no tokenizer files, which prompts are made with")
     query_room(this, model)
-    write = writer(model, temperature=c.policy.temperature, max_new=c.policy.max_new)
+    write = writer(model, temperature=c.policy.temperature, max_new=c.policy.max_new, mesh=mesh)
     return QueryRecommender(
         write, query_prompts(this, model.tokenizer), searched_lists(this), c.k, tries=c.policy.tries
     )  # fmt: skip

@@ -10,6 +10,8 @@ import queue
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
+
 from jaxrec.data.dialogues import Dialogue
 from jaxrec.serve_engine import Engine, Job, Part
 from jaxrec.tools.conversation import Ask, Reply
@@ -88,12 +90,13 @@ class QueryRecommender:
 
 def writer(
     model: Model, *, temperature: float = 1.0, max_new: int = 64, stop: Sequence[str] = QueryPrompts.stop,
-    max_batch: int = 64,
+    max_batch: int = 64, mesh: jax.sharding.Mesh | None = None,
 ) -> Write:  # fmt: skip
     """A :data:`Write` of a loaded model: pieces are turned into tokens apart, as in a rollout, and no chat template is
-    applied. A text depends on its own pieces and seed, not on the batch (up to rounding). Raises ValueError for a model
-    without tokenizer and, when called, for a conversation that leaves no room in the model's context."""
-    engine = Engine(model, max_batch=max_batch, max_waiting=sys.maxsize)
+    applied. A text depends on its own pieces and seed, not on the batch (up to rounding). mesh: that the weights lie
+    on, or None. Raises ValueError for a model without tokenizer and, when called, for a conversation that leaves no
+    room in the model's context."""
+    engine = Engine(model, max_batch=max_batch, max_waiting=sys.maxsize, mesh=mesh)
     encode = model.tokenizer.encode
 
     def write(conversations: Sequence[tuple[str, ...]], seeds: Sequence[int]) -> list[str]:

@@ -5,6 +5,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
+import jax
+
 from jaxrec.chat import chat_ids
 from jaxrec.progress import progress
 from jaxrec.serve_engine import Engine, Job, Part
@@ -17,14 +19,17 @@ class LocalTeacher:
     seed, not on the others of the batch (up to rounding); a greedy reply equals that of ``models.generate``.
 
     id: names the weights, for instance the path that they were read from. max_batch: replies made at a time. max_len:
-    tokens of prompt and reply (None: the model's context). Messages go through the model's chat template; a tokenizer
-    that has none gets their texts alone, a blank line apart. Without a seed it is 0. Raises ValueError for a model
-    without tokenizer.
+    tokens of prompt and reply (None: the model's context). mesh: that the weights lie on, or None. Messages go through
+    the model's chat template; a tokenizer that has none gets their texts alone, a blank line apart. Without a seed it
+    is 0. Raises ValueError for a model without tokenizer.
     """
 
-    def __init__(self, model: Model, id: str, *, max_batch: int = 16, max_len: int | None = None):
+    def __init__(
+        self, model: Model, id: str, *, max_batch: int = 16, max_len: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+    ):  # fmt: skip
         self.id, self._tokenizer = id, model.tokenizer
-        self._engine = Engine(model, max_batch=max_batch, max_len=max_len, max_waiting=sys.maxsize)
+        self._engine = Engine(model, max_batch=max_batch, max_len=max_len, max_waiting=sys.maxsize, mesh=mesh)
         self._one_at_a_time = threading.Lock()
 
     def ask(self, requests: Sequence[Request], done: Done | None = None) -> list[Answer]:

@@ -4,11 +4,13 @@ endpoint, a random encoder."""
 import collections
 import json
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import models
 from jaxrec.config import UsageError, resolve_config
 from jaxrec.data.dialogues import Dialogue, Turn
 from jaxrec.systems import grsu, recommender_kinds
@@ -180,6 +182,35 @@ def test_a_query_writer_that_this_run_trains(place, tmp_path):
     prepared(place, tmp_path / "two", rl="policy", cold_start="policy")
     grsu.run(config, tmp_path / "two", ["interact"])
     assert (tmp_path / "two" / "trees" / "full.jsonl").exists()
+
+
+def writes_several(kind: str) -> tuple[list[str], dict]:
+    """What a model says one of, and fields with which it recommends; ``path`` stands for its folder."""
+    queries = ["Analysis: funny\nQuery: war", "Analysis: sad\nQuery: drama"]
+    if kind == "written":
+        return queries, {"retrieval__queries": "written", "writer__path": "path"}
+    if kind == "policy":
+        return [" war\n", " drama\n"], {"kind": "policy", "policy__path": "path"}
+    return [NAMED, NAMED.replace("Early", "Amber")], {"kind": "prompted", "writer__path": "path"}
+
+
+@pytest.mark.parametrize("kind", ["written", "prompted", "policy"])
+def test_a_model_that_writes_lies_on_the_runs_mesh(place, tmp_path, monkeypatch, kind):
+    """On eight devices it draws what it draws on one."""
+    says, fields = writes_several(kind)
+    folder = conversing.parrot(tmp_path / "model", says, TITLES)
+    own = {f"recommender__{name}": folder if value == "path" else value for name, value in fields.items()}
+    config, load, loaded, found = config_of(place, **own), models.load, [], []
+    monkeypatch.setattr(models, "load", lambda *args, **more: loaded.append(load(*args, **more)) or loaded[-1])
+    for name, mesh in (("one", None), ("eight", models.make_mesh(data=2, fsdp=4))):
+        this = grsu.Run(config, 0, tmp_path / name, mesh)
+        asks = [Ask(instance.dialogue, seed=seed) for seed in range(4) for instance in this.task.parts["test"]]
+        found.append(this.recommender.recommend(asks))
+    assert [len(model.params["embed"].devices()) for model in loaded] == [1, 8]
+    assert found[0] == found[1]
+    assert len({reply.text for reply in found[0]}) == 2
+    with pytest.raises(UsageError, match=f"kind={config.recommender.kind}: .* needs a mesh of one process"):
+        _ = grsu.Run(config, 0, tmp_path / "pod", types.SimpleNamespace(is_multi_process=True)).recommender
 
 
 def test_the_search_over_items_leaves_out_what_the_dialogue_names(place, tmp_path):

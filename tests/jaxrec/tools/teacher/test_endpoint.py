@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import jax
 import pytest
 
 import models
@@ -337,6 +338,25 @@ def test_our_own_server_and_the_local_teacher_say_the_same(model, tmp_path):
     assert all(not isinstance(answer, Failure) or answer.kind == "invalid" for answer in checked)
     stored = StoredTeacher(served, tmp_path / "r.jsonl")  # the server is gone; nothing is asked
     assert stored.ask(requests) == over_http
+
+
+def test_a_local_teacher_on_eight_devices_says_what_one_says(model):
+    """Greedy and drawn, prompts of several widths, more than fit into a batch."""
+    texts = (" old brass", " who", "x y", " clock " * 40, " the old clock?", " lamp")
+    requests = [ask_text("author", text, sampling=Sampling(1.0, max_tokens=9, seed=i, logprobs=1))
+                for i, text in enumerate(texts)]  # fmt: skip
+    requests[0] = requests[0].replace(temperature=0.0)
+    mesh = models.make_mesh(data=2, fsdp=2, tensor=2)
+    placed = model.replace(params=jax.device_put(model.params, models.shardings(model.config, mesh)))
+    one, eight = (
+        LocalTeacher(own, "tiny", max_batch=4, mesh=where).ask(requests)
+        for own, where in ((model, None), (placed, mesh))
+    )
+    assert len(placed.params["embed"].devices()) == 8
+    assert len({reply.text for reply in one}) > 3
+    for ours, theirs in zip(eight, one, strict=True):
+        assert (ours.texts, ours.finish) == (theirs.texts, theirs.finish)
+        assert [t.logprob for t in ours.logprobs[0]] == pytest.approx([t.logprob for t in theirs.logprobs[0]], abs=1e-4)
 
 
 def test_a_local_teacher_refuses_what_does_not_fit_and_serves_the_rest(model):
