@@ -144,6 +144,9 @@ def _read_result(workdir: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: {error}; run the evaluate stage again") from error
     if not isinstance(result, dict) or not isinstance(result.get("rows"), list):
         raise ValueError(f"{path}: a JSON object with a list `rows` was expected; run the evaluate stage again")
+    for table in result.get("tables", ()):  # beside the rows: what else a recipe has to tell in figures
+        if not isinstance(table, dict) or "title" not in table or not isinstance(table.get("rows"), list):
+            raise ValueError(f"{path}: each of its `tables` needs a title and a list `rows`; run the last stage again")
     return result
 
 

@@ -84,6 +84,8 @@ def page(run: Run, plots: Sequence[Plot]) -> str:
     ]
     if result:
         body += [_badges(result), "<h2>Result</h2>", _table(result), _comparisons(result)]
+        for more in result.get("tables", ()):
+            body += [f"<h2>{_text(more['title'])}</h2>", _table(more)]
     if drawn := [plot for plot in plots if plot.stage == FIGURES]:
         body += ["<h2>Figures</h2>", _figures(drawn)]
     if run.explore:

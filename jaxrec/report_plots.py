@@ -30,6 +30,7 @@ FIGURES = "figures"  # the stage of what a recipe wrote into figures.json
 # Panel title -> how the metrics that belong in it begin or what they contain; the first that fits takes the metric.
 _PANELS = (
     ("reward", ("reward",)),
+    ("what the players count", ("counted",)),
     ("valid format", ("valid_format", "format_valid", "format_rate", "valid")),
     ("turns", ("turn", "calls")),
     ("response length (tokens)", ("length", "response_len", "tokens_per")),

@@ -21,10 +21,12 @@ def title_key(title: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """ratio: of the closest title, 0 to 100, 100 where the name is one."""
+    """ratio: of the title, 0 to 100, 100 where the name is one. repeated: whether the name is close to a title that a
+    name before it has taken, so that this is the closest of the others."""
 
     item: int
     ratio: float
+    repeated: bool = False
 
 
 class ItemCatalogue:
@@ -92,10 +94,11 @@ class ItemCatalogue:
         key = title_key(name)
         # The best of all is mostly free; only where it is not are the others gone through again.
         found = process.extractOne(key, self._keys, scorer=fuzz.QRatio)
+        repeated = found[2] in used and found[1] >= UNSURE
         if found[2] in used:
             free = {i: title for i, title in enumerate(self._keys) if i not in used}
             found = process.extractOne(key, free, scorer=fuzz.QRatio)
-        return Match(found[2], found[1])
+        return Match(found[2], found[1], repeated)
 
     def text(self, item: int, most: int = 0, clean: Callable[[str], str] = str) -> str:
         """The item as a prompt shows it: its title, then a line for each attribute that is known. most: characters of

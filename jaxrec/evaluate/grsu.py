@@ -18,7 +18,7 @@ from jaxrec.data.dialogues import Instance, spoken
 from jaxrec.evaluate.conversation import ARM_RANKINGS, KS, Judged, Ranking, judge, rank, summarize
 from jaxrec.evaluate.figures import lines
 from jaxrec.evaluate.ranking import paired_interval
-from jaxrec.tools.conversation import User
+from jaxrec.tools.conversation import Counts, User, total_counts
 from jaxrec.tools.conversation_search import Tree, replay
 
 STRATEGIES = ("mean", "sum", "vote")
@@ -36,7 +36,8 @@ _NEGATIVES = 8  # items that a label is compared with for the AUC, of each kind
 class SeedResult:
     """judged: search -> ranking's strategy -> values. summary: search -> costs and rewards. depth: level -> values of
     the search cut there. auc: user -> float64 [instances], how often a label is scored above another item. policies:
-    name -> metric -> float64 [instances]. samples: of the report."""
+    name -> metric -> float64 [instances]. samples: of the report. counts: stage -> what recommenders and the simulated
+    user counted in it."""
 
     judged: Mapping[str, Mapping[str, Judged]]
     summary: Mapping[str, Mapping[str, Any]]
@@ -44,6 +45,7 @@ class SeedResult:
     auc: Mapping[str, np.ndarray]
     policies: Mapping[str, Mapping[str, np.ndarray]]
     samples: Sequence[Mapping[str, Any]]
+    counts: Mapping[str, Counts] = dataclasses.field(default_factory=dict)
 
 
 def evaluate_seed(
@@ -146,6 +148,8 @@ def pool(config: Any, results: Sequence[SeedResult], workdir: Path) -> dict[str,
     """Means over dialogues of all seeds and paired intervals; written to result.json, with figures.json beside it."""
     first, ranking = results[0], config.evaluate.ranking
     short = {name: _short(r.summary[name] for r in results) for name in first.judged}
+    counts = {stage: total_counts(r.counts.get(stage, {}) for r in results) for stage in _stages(results)}
+    costs = {name: _costs(results, name) for name in first.judged}
     rows = [_row(results, name, ranking) for name in first.judged]
     rows += [
         {"name": POLICIES[name], **{_SHOWN[m]: float(_joined(results, name, m).mean()) for m in _SHOWN}}
@@ -166,6 +170,16 @@ def pool(config: Any, results: Sequence[SeedResult], workdir: Path) -> dict[str,
         },
         "short_levels": {name: {"levels": levels, **why} for name, (levels, why) in short.items()},
         "notes": [line for line in [short_levels(short)] if line],
+        "counts": {
+            "in all": counts, "by seed": {str(seed): r.counts for seed, r in zip(config.seeds, results, strict=True)}
+        },
+        "tables": [
+            {"title": "What recommenders and the simulated user counted", "rows": _count_rows(counts)},
+            {
+                "title": "What the searches asked for, and what was not to be had",
+                "rows": [{"name": ARMS.get(name, FULL), **spent} for name, spent in costs.items()],
+            },
+        ],
         "auc": {name: float(np.concatenate([r.auc[name] for r in results]).mean()) for name in first.auc},
         "samples": [sample for r in results for sample in r.samples],
     }  # fmt: skip
@@ -191,6 +205,28 @@ def _joined(results: Sequence[SeedResult], policy: str, metric: str) -> np.ndarr
     return np.concatenate([r.policies[policy][metric] for r in results])
 
 
+def _stages(results: Sequence[SeedResult]) -> list[str]:
+    return list(dict.fromkeys(stage for r in results for stage in r.counts))
+
+
+def _count_rows(counts: Mapping[str, Counts]) -> list[dict[str, Any]]:
+    """A row for all that a player counts, with a column for each stage and one for all of them."""
+    rows = []
+    for player, own in total_counts(counts.values()).items():
+        for what, total in own.items():
+            by_stage = {stage: found.get(player, {}).get(what) for stage, found in counts.items()}
+            rows.append({"name": f"{player}: {what.replace('_', ' ')}", **by_stage, "in all": total})
+    return rows
+
+
+def _costs(results: Sequence[SeedResult], name: str) -> dict[str, int]:
+    """Of a search, summed over dialogues and seeds."""
+    costs: collections.Counter[str] = collections.Counter()
+    for r in results:
+        costs.update(r.summary[name]["costs"])
+    return dict(costs)
+
+
 def _short(summaries: Iterable[Mapping[str, Any]]) -> tuple[int, dict[str, int]]:
     """(levels, short ones by reason) of all seeds."""
     levels, short = 0, collections.Counter()
@@ -202,10 +238,7 @@ def _short(summaries: Iterable[Mapping[str, Any]]) -> tuple[int, dict[str, int]]
 
 def _row(results: Sequence[SeedResult], name: str, ranking: str) -> dict[str, Any]:
     """Of a search: metrics of its best ranking among mean and its own (a vote, the list as it stands), costs."""
-    key = _fair(results, name, ranking)
-    costs: collections.Counter[str] = collections.Counter()
-    for r in results:
-        costs.update(r.summary[name]["costs"])
+    key, costs = _fair(results, name, ranking), _costs(results, name)
     dialogues = len(_values(results, name, key, "recall@10"))
     return {
         "name": ARMS.get(name, FULL), **{m: _mean(results, name, key, m) for m in _METRICS},

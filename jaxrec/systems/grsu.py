@@ -25,13 +25,15 @@ from jaxrec.data.dialogues import Instance
 from jaxrec.evaluate import grsu as judging
 from jaxrec.evaluate.conversation import arms
 from jaxrec.systems import by_seed, world_lm
+from jaxrec.systems.grsu_counts import PLAYERS, stage_counts
 from jaxrec.systems.model_run import ModelRun
 from jaxrec.systems.recommender_kinds import KINDS, check_index, check_recommender, make_recommender
-from jaxrec.systems.recommender_rl import check_prompts, check_rl, conversations, reinforce
+from jaxrec.systems.recommender_rl import WRITER, check_prompts, check_rl, conversations, reinforce, searched_lists
 from jaxrec.tools import search_task, talk_task
-from jaxrec.tools.conversation import Ask, Recommender, User, seed_of
+from jaxrec.tools.conversation import Ask, Counts, Recommender, Tally, User, seed_of
 from jaxrec.tools.conversation_search import SearchConfig, Tree
-from jaxrec.tools.conversation_trees import search_all
+from jaxrec.tools.conversation_trees import read_counts, search_all, tree_key
+from jaxrec.tools.crs.retrieval import SearchedLists
 from jaxrec.tools.simulated_user import ModelUser, TeacherUser, UserConfig
 from jaxrec.tools.talk_task import TalkTask
 from jaxrec.tools.teacher.base import Teacher
@@ -78,6 +80,11 @@ class Run(ModelRun):
         """Who recommends before anything is trained, in what the simulated user learns from and is judged by."""
         kind = KINDS[self.config.recommender.kind].proposer
         return make_recommender(self, kind) if kind else self.recommender
+
+    @functools.cached_property
+    def lists(self) -> SearchedLists:
+        """What answers the queries of a policy in its training and in its test conversations."""
+        return searched_lists(self)
 
     def prompts(self, tokenizer: Any, style: str = "") -> UserPrompts:
         """What the simulated user is asked, in training and in the search."""
@@ -203,6 +210,7 @@ def synthesize(this: Run) -> list[Instruction]:
     prompts = this.prompts(model.tokenizer)
     check_room(this, model, prompts)
     rng = np.random.Generator(np.random.PCG64([this.seed, 31]))
+    tally = Tally({"recommender": this.proposer})
     rounds, critiques = propose(this, instances, prompts, rng)
     check_critiques(_total(made.dropped for made in critiques), sum(len(made.rows) for made in critiques))
     proposed = [[item for lists in rounds for item in lists[i]] for i in range(len(instances))]
@@ -214,7 +222,7 @@ def synthesize(this: Run) -> list[Instruction]:
         "critiques": sum(len(made.rows) for made in critiques),
         "decisions left out": _total(made.dropped for made in scores),
         "critiques left out": _total(made.dropped for made in critiques),
-        "reading the files": dict(this.task.skipped),
+        "reading the files": dict(this.task.skipped), PLAYERS: tally.take(),
     }  # fmt: skip
     for what, count in counts.items():
         print(f"synthesize: {what}: {count}")
@@ -349,14 +357,32 @@ def search_trees(this: Run) -> dict[str, list[Tree]]:
     that played it had these settings, folders and addresses included, which may change when a run is resumed."""
     dialogues = [instance.dialogue for instance in this.task.parts["test"]]
     player, out = this.user(this.player), {}
-    players = json.dumps([this.config.recommender.to_dict(), this.config.user.to_dict()], sort_keys=True)
     for name, config in searches(this).items():
         user = this.user("base") if name == UNTUNED else player
-        path = this.folder / "trees" / f"{name}.jsonl"
         out[name] = search_all(
-            dialogues, this.recommender, user, config, path, batch=this.config.search.batch, players=players
+            dialogues, this.recommender, user, config, tree_file(this, name), batch=this.config.search.batch,
+            players=players(this),
         )  # fmt: skip
     return out
+
+
+def tree_file(this: Run, name: str) -> Path:
+    """Where trees of a search are kept."""
+    return this.folder / "trees" / f"{name}.jsonl"
+
+
+def players(this: Run) -> str:
+    """What trees depend on beside their search: the settings of the recommender and of the user."""
+    return json.dumps([this.config.recommender.to_dict(), this.config.user.to_dict()], sort_keys=True)
+
+
+def tree_counts(this: Run) -> list[Counts]:
+    """What the players counted in each search."""
+    who, dialogues = players(this), [instance.dialogue for instance in this.task.parts["test"]]
+    return [
+        read_counts(tree_file(this, name), {tree_key(dialogue, config, who) for dialogue in dialogues})
+        for name, config in searches(this).items()
+    ]
 
 
 # --- rl, evaluate ----------------------------------------------------------------------------------------------------
@@ -371,9 +397,13 @@ def rl(this: Run) -> None:
 def evaluate(this: Run) -> judging.SeedResult:
     """Rankings of every search, the simulated user's own scores, and the trained recommenders' conversations."""
     users = {name: this.user(name) for name in USERS[this.config.user.kind]}
-    names = judging.POLICIES if this.config.rl.steps else ()
+    trees, names = search_trees(this), judging.POLICIES if this.config.rl.steps else ()
+    playing = {"recommender": this.proposer, "simulated user": users[this.player]}
+    tally = Tally({**playing, WRITER: this.lists} if names else playing)
     played = {name: conversations(this, users[this.player], name) for name in names}
-    return judging.evaluate_seed(this, search_trees(this), users, played)
+    result = judging.evaluate_seed(this, trees, users, played)
+    counts = stage_counts(this.folder, tree_counts(this))
+    return dataclasses.replace(result, counts={**counts, **({"evaluate": own} if (own := tally.take()) else {})})
 
 
 RECIPE = {"synthesize": synthesize, "sft": tune, "rl": rl, "interact": interact, "evaluate": evaluate}

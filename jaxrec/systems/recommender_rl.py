@@ -8,6 +8,7 @@ at the other's cost. A KL penalty keeps it near its supervised start.
 """
 
 import collections
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrec.config import UsageError
+from jaxrec.config import UsageError, write_atomic
 from jaxrec.data.dialogues import USER
 from jaxrec.data.item_catalogue import ItemCatalogue
-from jaxrec.tools.conversation import User
+from jaxrec.systems.grsu_counts import PLAYERS, as_metrics
+from jaxrec.tools.conversation import Tally, User
 from jaxrec.tools.crs.environment import query_env, talks
 from jaxrec.tools.crs.prompts import QueryPrompts
 from jaxrec.tools.crs.retrieval import SearchedLists
@@ -34,6 +36,7 @@ from rl.rows import encode_rows
 from rl.user_rewards import UserReward, UserRewardConfig, hit, score, user_counts
 
 COLD, TRAINED = "cold_start", "rl"  # what the two are called in a run's folder
+WRITER = "query writer"  # what a policy's lists are counted under
 REWARDS = {"score": UserRewardConfig(hit=0.0), "hit": UserRewardConfig(score=0.0, hit_lists="any")}
 _CLAUSE = re.compile(r"[.,;?!]")
 _NOT = re.compile(r"\b(no|not|nothing|without|too)\b|n't\b", re.IGNORECASE)
@@ -119,7 +122,7 @@ def searched_lists(this: Any) -> SearchedLists:
 def environment(this: Any, user: User, tokenizer: Any) -> UserEnv:
     """The conversation that a policy has."""
     c, prompts = this.config, query_prompts(this, tokenizer)
-    return query_env(prompts, searched_lists(this), user, c.recommender.k, rounds=c.rl.rounds, seed=this.seed)
+    return query_env(prompts, this.lists, user, c.recommender.k, rounds=c.rl.rounds, seed=this.seed)
 
 
 def catalogue_words(catalogue: ItemCatalogue) -> frozenset[str]:
@@ -159,8 +162,9 @@ def traces(
     return states
 
 
-def cold_start(this: Any, env: UserEnv) -> None:
-    """Supervised steps on :func:`traces`."""
+def cold_start(this: Any, env: UserEnv, tally: Tally) -> None:
+    """Supervised steps on :func:`traces`; ``cold_start.json`` says how many there are, what was left out, and what the
+    players of ``tally`` counted."""
     if (this.checkpoint(COLD) / "model").exists():
         return
     model, r = this.load(this.base), this.config.rl
@@ -177,6 +181,9 @@ def cold_start(this: Any, env: UserEnv) -> None:
         [(s.prompt, s.segments) for s in whole], model.tokenizer, model.config.eos_ids[0], r.max_total
     )
     print(f"{COLD}: {len(whole) - long} traces; {long} too long, {len(states) - len(whole)} without an answer")
+    failed = dict(collections.Counter(s.failure for s in states if s.failure))
+    found = {"traces": len(whole) - long, "too long": long, "failed": failed, PLAYERS: tally.take()}
+    write_atomic(this.folder / f"{COLD}.json", json.dumps(found, indent=1) + "\n")
     settings = type(r)({"steps": r.cold_steps, "lr": r.cold_lr, "batch_size": this.config.sft.batch_size})
     this.supervise(COLD, model, rows, settings)
 
@@ -189,13 +196,14 @@ def reinforce(this: Any, user: User) -> None:
     base = this.load(this.base)
     check_prompts(this, base)
     env = environment(this, user, base.tokenizer)
-    cold_start(this, env)
+    tally = Tally({WRITER: this.lists, "simulated user": user})
+    cold_start(this, env, tally)
     model, r = this.model(COLD), this.config.rl
     settings, options, reward = policy_config(this.config, this.seed), rollout_config(r), UserReward(REWARDS[r.reward])
     examples = talks(this.task.parts["train"])
 
     def counts(states: Sequence[State], parts: Mapping[str, np.ndarray]) -> dict[str, float]:
-        return {**user_counts(states), "hit": float(hit(states, "any").mean())}
+        return {**user_counts(states), "hit": float(hit(states, "any").mean()), **as_metrics(tally.take())}
 
     shown = ("reward", "hit", "score_last", "failed_critique", "kl_ref")
     judged = lambda states, groups: reward(states)  # noqa: E731

@@ -4,9 +4,10 @@ Both are asked batches, for many conversations at once, and see the turns of a d
 recommended next. Items are numbers of the catalogue.
 """
 
+import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -55,7 +56,7 @@ class Criticise:
 
 
 class Recommender(Protocol):
-    """``k``: items of a list."""
+    """``k``: items of a list. May have ``counts``, see :class:`Tally`."""
 
     k: int
 
@@ -65,7 +66,7 @@ class Recommender(Protocol):
 
 
 class User(Protocol):
-    """The simulated user."""
+    """The simulated user. May have ``counts``, see :class:`Tally`."""
 
     def score(self, dialogues: Sequence[Dialogue], items: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """For each dialogue float64 [number of its items] in [0, 1], how likely each is accepted; NaN where no score
@@ -73,6 +74,39 @@ class User(Protocol):
 
     def criticise(self, requests: Sequence[Criticise]) -> list[str]:
         """One text for each, in order, in the user's voice; "" where none could be had in a bounded number of tries."""
+
+
+Counts = Mapping[str, Mapping[str, int]]  # player -> what -> how often
+
+
+class Tally:
+    """What players count from here on: what they did, and what they could not use, by reason.
+
+    players: by the name that they are counted under. Their ``counts`` is a counter that only grows; a player without
+    one counts nothing.
+    """
+
+    def __init__(self, players: Mapping[str, object]):
+        self._players = players
+        self._before = self._now()
+
+    def _now(self) -> dict[str, collections.Counter[str]]:
+        return {name: collections.Counter(getattr(player, "counts", {})) for name, player in self._players.items()}
+
+    def take(self) -> dict[str, dict[str, int]]:
+        """What has been counted since the last call; players that have counted nothing are left out."""
+        before, self._before = self._before, self._now()
+        found = {name: dict(now - before[name]) for name, now in self._before.items()}
+        return {name: counts for name, counts in found.items() if counts}
+
+
+def total_counts(parts: Iterable[Counts]) -> dict[str, dict[str, int]]:
+    """The sum of what was counted at several times."""
+    out: dict[str, collections.Counter[str]] = {}
+    for part in parts:
+        for player, counts in part.items():
+            out.setdefault(player, collections.Counter()).update(counts)
+    return {player: dict(counts) for player, counts in out.items()}
 
 
 def seed_of(*parts: object) -> int:

@@ -263,9 +263,11 @@ class TeacherUser:
 
     prompts: of style "full" and without a tokenizer. Each item is a request of its own; a reply counts where it holds
     one decision, about this item, and is asked for again at temperature 1 where not, ``TRIES`` times in all. Scores
-    come from the log-probabilities of the decision's token and of the likeliest beside it. counts: of what could not be
-    used, by reason. Raises ValueError for other prompts and, when asked, RuntimeError where a whole batch failed or the
-    teacher gave up: a teacher that is down is no user who has no opinion.
+    come from the log-probabilities of the decision's token and of the likeliest beside it. counts: "replies", requests
+    "asked again", failures of the teacher by kind, replies that cannot be used ("misfits" without one such decision,
+    "cut by length", "empty"), and what was not to be had in all tries: "no valid decision" of an item, "no critique".
+    Raises ValueError for other prompts and, when asked, RuntimeError where a whole batch failed or the teacher gave up:
+    a teacher that is down is no user who has no opinion.
     """
 
     def __init__(self, teacher: Teacher, prompts: UserPrompts, config: UserConfig | None = None):
@@ -287,15 +289,17 @@ class TeacherUser:
         left = list(asked)
         for attempt in range(TRIES):
             again = {"temperature": 1.0, "seed": 42 + attempt} if attempt else {}
+            self.counts["asked again"] += len(left) * bool(attempt)
             answers = self._answers([asked[pair].replace(**again) for pair in left])
             kept, left = zip(left, answers, strict=True), []
             for pair, answer in kept:
                 if isinstance(answer, Failure):
-                    self.counts[answer.kind] += 1
-                elif (score := self._score(answer, pair[1])) is not None:
+                    continue
+                if (score := self._score(answer, pair[1])) is not None:
                     found[pair] = score
                 else:
                     left.append(pair)
+            self.counts["misfits"] += len(left)
         self.counts["no valid decision"] += len(left)
         every = iter(pairs)
         return [np.array([found[next(every)] for _ in own], np.float64) for own in items]
@@ -309,6 +313,8 @@ class TeacherUser:
                 f"{self.teacher.id}, who plays the user, did not answer {failed.total()} of {len(answers)} requests "
                 f"({dict(failed)}; {last.message}): see that it does and run again; what it has said is kept"
             )
+        self.counts["replies"] += len(answers) - failed.total()
+        self.counts.update({f"failed_{kind}": count for kind, count in failed.items()})
         return answers
 
     def _score(self, reply: Reply, item: int) -> float | None:
@@ -336,9 +342,12 @@ class TeacherUser:
 
         def sample(wanted: list[int], again: int) -> list[str]:
             asked = [self._criticise(texts[i], requests[i].seed, again) for i in wanted]
+            self.counts["asked again"] += len(asked) * bool(again)
             return [self._said(answer) for answer in self._answers(asked)]
 
-        return resampled([number[text] for text in texts], sample)
+        said = resampled([number[text] for text in texts], sample)
+        self.counts["no critique"] += said.count("")
+        return said
 
     def _criticise(self, text: str, seed: int, again: int) -> Request:
         c = self.config
@@ -348,12 +357,13 @@ class TeacherUser:
 
     def _said(self, answer: Answer) -> str:
         if isinstance(answer, Failure):
-            self.counts[answer.kind] += 1
             return ""
         if answer.finish[0] == "length":
             self.counts["cut by length"] += 1
             return ""
-        return answer.text.strip()
+        said = answer.text.strip()
+        self.counts["empty"] += not said
+        return said
 
 
 def _decided_token(tokens: Sequence[TokenLogprob], said: str) -> TokenLogprob | None:

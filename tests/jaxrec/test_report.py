@@ -45,6 +45,7 @@ def write_run(tmp_path: Path) -> Path:
             {"name": "b", "metric": "ndcg@10", "difference": -0.1, "low": -0.2, "high": 0.1, "criterion": "low > 0",
              "met": False},
         ],
+        "tables": [{"title": f"Counts {HOSTILE}", "rows": [{"name": f"lost {HOSTILE}", "rl": 98765, "in all": 5}]}],
         "samples": [
             {"dialogue": f"Seeker: {HOSTILE}\nمرحبا 🎬", "nothing": "", "none": None, "empty": [],
              "rounds": [{"critique": "", "reward": 0.25, "items": [f"Heat {HOSTILE} 0.91", "Up 0.10"]},
@@ -145,6 +146,12 @@ def test_page_shows_what_matters(page_source: str):
     assert page_source.count('class="best"') == 2
 
 
+def test_page_shows_more_tables_behind_the_result(page_source: str):
+    text = Page(page_source).text
+    assert text.index("Paired comparisons") < text.index("Counts <script>") < text.index("lost <script>")
+    assert text.index("lost <script>") < text.index("98,765") < text.index("Learning curves")
+
+
 def test_page_shows_samples_of_any_form(page_source: str):
     page = Page(page_source)
     text = page.text
@@ -226,7 +233,10 @@ def test_steps_done_again_count_once(tmp_path: Path):
     assert "done again after a resume" in run.notes[0]
 
 
-@pytest.mark.parametrize("text", ['{"rows": ', "[]", '{"rows": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    ['{"rows": ', "[]", '{"rows": {}}', '{"rows": [], "tables": [{"title": "x"}]}', '{"rows": [], "tables": [3]}'],
+)
 def test_a_damaged_result_is_named(workdir: Path, text: str):
     (workdir / "result.json").write_text(text)
     with pytest.raises(ValueError, match=r"result\.json"):

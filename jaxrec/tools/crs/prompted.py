@@ -38,7 +38,11 @@ class PromptedConfig:
 
 class PromptedRecommender:
     """Asks a teacher (role "recommender") for k titles in bold, and again, with another seed, for a reply that has not
-    exactly k. ``counts`` holds replies, misfits, failures of the teacher, names, and names that match no title well.
+    exactly k.
+
+    ``counts`` holds what :func:`until_usable` counts, failures of the teacher by kind, replies with a "wrong number of
+    titles", and of the "names" in the others: "duplicates", whose item the list has already and another one stands in
+    for; those "without a close title", most of them invented; and those "unmapped", which ``min_ratio`` leaves out.
     """
 
     def __init__(
@@ -77,22 +81,19 @@ class PromptedRecommender:
             self.counts[f"failed_{answer.kind}"] += 1
             return None, f"({answer.kind}: {answer.message})"
         text = without_speaker(answer.text)
-        items, unsure = titled(text, self.catalogue, self.k, self.config.min_ratio)
-        if items is None:
-            return None, text
-        self.counts["names"] += self.k
-        self.counts["unsure"] += unsure
-        return (items, text, unsure), text
+        items, unsure = self._mapped(bold_titles(text))
+        return (None if items is None else (items, text, unsure)), text
 
-
-def titled(
-    text: str, catalogue: ItemCatalogue, k: int, min_ratio: float = 0.0
-) -> tuple[tuple[int, ...] | None, int]:  # fmt: skip
-    """Items of a text with exactly k titles in bold (None for another number, or too few that match), and how many of
-    them match no title well."""
-    names = bold_titles(text)
-    if len(names) != k:
-        return None, 0
-    found = catalogue.match(names, min_ratio)
-    unsure = sum(match.ratio < UNSURE for match in found)
-    return (tuple(match.item for match in found) if len(found) == k else None), unsure
+    def _mapped(self, names: Sequence[str]) -> tuple[tuple[int, ...] | None, int]:
+        """Items of exactly k names (None for another number, or too few that match), and how many of these match no
+        title well."""
+        if len(names) != self.k:
+            self.counts["wrong number of titles"] += 1
+            return None, 0
+        found = self.catalogue.match(names, self.config.min_ratio)
+        unsure = [match for match in found if match.ratio < UNSURE]
+        self.counts["names"] += len(names)
+        self.counts["duplicates"] += sum(match.repeated for match in found)
+        self.counts["without a close title"] += sum(not match.repeated for match in unsure)
+        self.counts["unmapped"] += len(names) - len(found)
+        return (tuple(match.item for match in found) if len(found) == self.k else None), len(unsure)

@@ -32,13 +32,18 @@ class QueryRecommender:
 
     What was written on the way to a list is remembered, since an ask holds no more than the list; of several ways to
     one list the latest is, so that an earlier search changes nothing. Where it is not known (a list that somebody else
-    made, or of long ago) the dialogue and the list alone are gone on from, counted in ``counts["resumed"]``.
+    made, or of long ago) the dialogue and the list alone are gone on from, counted in ``counts["resumed"]``. ``counts``
+    also holds what :func:`until_usable` and ``lists`` count.
     """
 
     def __init__(self, write: Write, prompts: QueryPrompts, lists: Lists, k: int, *, tries: int = 5):
         self.write, self.prompts, self.lists, self.k, self.tries = write, prompts, lists, k, tries
-        self.counts: collections.Counter[str] = collections.Counter()
+        self._counts: collections.Counter[str] = collections.Counter()
         self._said: dict[tuple[Dialogue, tuple[int, ...], tuple[int, ...]], tuple[str, ...]] = {}
+
+    @property
+    def counts(self) -> collections.Counter[str]:
+        return self._counts + collections.Counter(getattr(self.lists, "counts", {}))
 
     def recommend(self, asks: Sequence[Ask]) -> list[Reply]:
         """One list each, in order; all that are still wanted go through one call of the model and one of ``lists``.
@@ -59,7 +64,7 @@ class QueryRecommender:
                 for text, items in zip(texts, lists, strict=True)
             ]
 
-        found = until_usable(asks, step, self.tries, "can be used", self.counts)
+        found = until_usable(asks, step, self.tries, "can be used", self._counts)
         return [
             self._reply(ask, pieces, text, items, tries)
             for ask, pieces, ((text, items), tries) in zip(asks, before, found, strict=True)
@@ -71,7 +76,7 @@ class QueryRecommender:
         shown = self.prompts.show(ask.shown, ask.critique)
         pieces = self._said.get((ask.dialogue, ask.past, ask.shown))
         if pieces is None:
-            self.counts["resumed"] += 1
+            self._counts["resumed"] += 1
             turns = self.prompts.prompt(ask.dialogue).removesuffix(QUERY)
             return (turns + shown,)
         return (*pieces, shown)

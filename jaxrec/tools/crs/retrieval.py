@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +136,9 @@ def latest_turns(turns: int = 3) -> Queries:
 
 
 class WrittenQueries:
-    """Queries that a teacher writes behind an analysis. tries: replies until one holds a query."""
+    """Queries that a teacher writes behind an analysis. tries: replies until one holds a query. ``counts`` holds what
+    :func:`until_usable` counts, failures of the teacher by kind, and replies without a query ("empty").
+    """
 
     def __init__(
         self, teacher: Teacher, prompts: RecommenderPrompts, *, temperature: float = 1.0, top_p: float = 1.0,
@@ -168,10 +170,17 @@ class WrittenQueries:
         if isinstance(answer, Failure):
             self.counts[f"failed_{answer.kind}"] += 1
             return None, f"({answer.kind}: {answer.message})"
-        return written_query(answer.text) or None, answer.text
+        query = written_query(answer.text)
+        self.counts["empty"] += not query
+        return query or None, answer.text
 
 
 # --- recommenders -----------------------------------------------------------------------------------------------------
+
+
+def _named(**parts: Mapping[str, int]) -> collections.Counter[str]:
+    """Counts of several parts in one counter, each under the name of its part."""
+    return collections.Counter({f"{name}: {what}": n for name, own in parts.items() for what, n in own.items()})
 
 
 class RetrievalRecommender:
@@ -180,6 +189,11 @@ class RetrievalRecommender:
 
     def __init__(self, search: ItemSearch, queries: Queries, *, exclude_mentioned: bool = False):
         self.search, self.queries, self.exclude_mentioned, self.k = search, queries, exclude_mentioned, search.k
+
+    @property
+    def counts(self) -> collections.Counter[str]:
+        """What was counted of queries and of searches."""
+        return _named(query=getattr(self.queries, "counts", {}), search=self.search.counts)
 
     def recommend(self, asks: Sequence[Ask]) -> list[Reply]:
         """One list each, in order; one call for all queries and one for all searches.
@@ -201,11 +215,18 @@ class SearchedLists:
 
     def __init__(self, search: ItemSearch, *, exclude_mentioned: bool = False):
         self.search, self.k, self.exclude_mentioned = search, search.k, exclude_mentioned
+        self._blank: collections.Counter[str] = collections.Counter()
+
+    @property
+    def counts(self) -> collections.Counter[str]:
+        """Blank queries ("query: empty"), and what was counted of searches."""
+        return _named(query=self._blank, search=self.search.counts)
 
     def __call__(self, requests: Sequence[ListRequest]) -> list[tuple[int, ...] | None]:
         """Items of each query, without those of earlier lists; an empty list where the search failed."""
         queries = [" ".join(request.text.split()) for request in requests]
         asked = [i for i, query in enumerate(queries) if query]
+        self._blank["empty"] += len(queries) - len(asked)
         left_out = [
             (*requests[i].past, *(requests[i].talk.dialogue.items if self.exclude_mentioned else ())) for i in asked
         ]  # fmt: skip

@@ -16,8 +16,9 @@ def until_usable(
     """A usable reply for each ask, and how many tries it took.
 
     step: (numbers of the asks that still want one, seeds) -> (the reply or None, its text) for each: one call for all.
-    what: what a good reply does, for the message. counts: gets "replies" and "misfits". Raises RuntimeError for an ask
-    without a usable reply after ``tries``, with its name, its dialogue and the last text.
+    what: what a good reply does, for the message. counts: gets "tries", those of them that were "asked again", and
+    "misfits", whose reply could not be used or did not come. Raises RuntimeError for an ask without a usable reply
+    after ``tries``, with its name, its dialogue and the last text.
     """
     if tries < 1:
         raise ValueError(f"tries={tries} must be at least 1")
@@ -30,7 +31,8 @@ def until_usable(
         replies = step(left, [seed_of(asks[i].seed, attempt) for i in left])
         for i, (reply, text) in zip(left, replies, strict=True):
             said[i] = text
-            counts["replies"] += 1
+            counts["tries"] += 1
+            counts["asked again"] += attempt > 0
             counts["misfits"] += reply is None
             out[i] = None if reply is None else (reply, attempt + 1)
     for ask, reply, last in zip(asks, out, said, strict=True):

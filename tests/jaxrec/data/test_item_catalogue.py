@@ -17,6 +17,9 @@ def test_a_misspelt_title_finds_its_item_and_a_second_one_the_closest_free():
 def test_every_name_gets_an_item_of_its_own_until_none_is_left():
     found = catalogue().match(["Alien (1979)"] * 7)
     assert sorted(m.item for m in found) == [0, 1, 2, 3, 4]
+    assert [m.repeated for m in found] == [False, True, True, True, True]
+    assert [m.repeated for m in catalogue().match(["Heat", "Alien", "heat (1995)"])] == [False, False, True]
+    assert [m.repeated for m in catalogue(TITLES[:2]).match(["Toy Story (1995)", "zzz qqq"])] == [False, False]
 
 
 def test_names_far_from_all_titles_can_be_left_out():

@@ -37,6 +37,10 @@ def test_every_stage_leaves_what_it_says(done, this):
     assert counts["instances"] == {"train": 24, "valid": 4, "test": 4}
     assert counts["decisions"] + counts["critiques"] == len(rows)
     assert counts["critiques"] + sum(counts["critiques left out"].values()) == 24 * config.synthesize.rounds
+    traced = json.loads((folder / "cold_start.json").read_text())
+    assert traced["traces"] + traced["too long"] + sum(traced["failed"].values()) == 24
+    assert result["counts"]["by seed"]["0"] == result["counts"]["in all"]
+    assert [row["name"] for row in result["tables"][1]["rows"]] == [judging.FULL, *judging.ARMS.values()]
     for name in ("sft", "cold_start", "rl"):
         assert (this.checkpoint(name) / "model" / "config.json").exists()
     arms = ("full", *config.evaluate.arms)

@@ -55,7 +55,7 @@ def test_a_served_model_scores_and_criticises(files, tmp_path):
         result = grsu.run(config, tmp_path, grsu.STAGES)
         asked = len(server.asked)
         assert {"critique", "score"} == set(server.asked)
-        assert grsu.run(config, tmp_path, grsu.STAGES)["rows"] == result["rows"]
+        assert grsu.run(config, tmp_path, grsu.STAGES) == result
         assert len(server.asked) == asked  # what was said is kept
     assert not (tmp_path / "checkpoints").exists()
     assert not (tmp_path / "instructions.jsonl").exists()
@@ -67,6 +67,21 @@ def test_a_served_model_scores_and_criticises(files, tmp_path):
     named = [entry["name"] for entry in result["comparisons"]]
     assert "simulated user - chance" in named
     assert not any("before training" in name for name in named)
+    check_counts(result)
+
+
+def check_counts(result) -> None:
+    """Every item of a dialogue is asked about once, and every list that is revised."""
+    told, searched = (table["rows"] for table in result["tables"])
+    assert [row["name"] for row in searched] == ["GRSU", "recommender alone, one list"]
+    replies = sum(row["scored"] + row["critiques"] for row in searched)
+    found = result["counts"]["in all"]
+    assert found["interact"]["simulated user"] == {"replies": replies}
+    assert list(found["evaluate"]["simulated user"]) == ["replies"]
+    assert result["counts"]["by seed"] == {"0": found}
+    own = next(row for row in told if row["name"] == "simulated user: replies")
+    parts = {stage: found[stage]["simulated user"]["replies"] for stage in ("interact", "evaluate")}
+    assert own == {"name": own["name"], **parts, "in all": sum(parts.values())}
 
 
 def test_auc_of_a_served_model_by_hand(files, tmp_path):
@@ -101,6 +116,9 @@ def test_short_levels_are_counted_by_reason_and_told_in_one_line(files, tmp_path
 
     with scripted_endpoint.endpoint(silent, tokens=tokens) as server:
         result = grsu.run(config_of(files, server.url), tmp_path, ["interact", "evaluate"])
+    # Of four dialogues two beams want two critiques each; none has one after three rounds, nor after two more.
+    told = result["counts"]["in all"]["interact"]["simulated user"]
+    assert (told["no critique"], told["empty"], told["asked again"]) == (16, 16 * 5, 16 * 4)
     line = "levels with fewer lists than beams: GRSU 4 of 8 (no critique could be had: 4)"
     assert [said for said in capsys.readouterr().out.splitlines() if "fewer lists" in said] == [f"interact: {line}"]
     assert result["notes"] == [line]

@@ -1,5 +1,6 @@
 """Finished searches over conversations: what fewer beams or levels would have given, and resuming from a file."""
 
+import collections
 import dataclasses
 import json
 
@@ -7,7 +8,7 @@ import pytest
 
 from jaxrec.data.dialogues import USER, Turn
 from jaxrec.tools.conversation_search import replay, search
-from jaxrec.tools.conversation_trees import search_all
+from jaxrec.tools.conversation_trees import read_counts, search_all, tree_key
 from tests.jaxrec.tools.players import CONFIG, SMALL, Drawn, Judge, Partly, Speechless, dialogue, level, one
 
 
@@ -90,6 +91,34 @@ def test_a_search_that_is_killed_goes_on_where_it_stopped(tmp_path):
     assert any(tree.costs().unscored for tree in whole)
     assert len(path.read_text().splitlines()) == 5
     assert repr(search_all(dialogues, None, None, SMALL, path)) == repr(whole)  # nothing is left to ask
+
+
+def test_counts_of_a_search_that_is_killed_are_those_of_its_trees(tmp_path):
+    """What the batch that was killed counted is counted once, when it is searched again."""
+
+    class Counting(Drawn):
+        def __init__(self, most=100):
+            super().__init__()
+            self.most, self.counts = most, collections.Counter({"before": 3})
+
+        def recommend(self, asks):
+            if len(self.calls) == self.most:
+                raise KeyboardInterrupt
+            self.counts.update({"lists": len(asks), "levels": 1})
+            return super().recommend(asks)
+
+    path, dialogues = tmp_path / "trees.jsonl", [dialogue(i) for i in range(5)]
+    keys = [tree_key(own, SMALL) for own in dialogues]
+    assert read_counts(path, keys) == {}
+    with pytest.raises(KeyboardInterrupt):
+        search_all(dialogues, Counting(4), Judge(), SMALL, path, batch=2)
+    assert read_counts(path, keys) == {"recommender": {"lists": 2 * 12, "levels": 3}}
+    search_all(dialogues, Counting(), Judge(), SMALL, path, batch=2)
+    whole = {"recommender": {"lists": 5 * 12, "levels": 3 * 3}}
+    assert read_counts(path, keys) == whole
+    search_all(dialogues, Counting(), Judge(), SMALL, path, batch=2)
+    assert read_counts(path, keys) == whole
+    assert read_counts(path, [tree_key(dialogue(9), SMALL)]) == {}
 
 
 def test_trees_of_another_search_are_not_taken(tmp_path):

@@ -78,7 +78,9 @@ def test_replies_that_do_not_count_are_asked_for_five_times_and_then_there_is_no
     found = user.score(DIALOGUES[:2], [[1, 1], [2, 3]])
     np.testing.assert_allclose(found[0], [8 / 9, 8 / 9])
     assert np.isnan(found[1]).all()
-    assert user.counts == {"timeout": 1, "no valid decision": 1}
+    assert +user.counts == {
+        "replies": 10, "asked again": 8, "misfits": 9, "failed_timeout": 1, "no valid decision": 1,
+    }  # fmt: skip
     mine = [r.sampling for r in stub.asked if f"\n1. {title}\n" in r.messages[-1].content]
     assert [(s.temperature, s.seed, s.max_tokens, s.logprobs) for s in mine] == [
         (0.0, 42, 64, 20), (1.0, 43, 64, 20), (1.0, 44, 64, 20), (1.0, 45, 64, 20), (1.0, 46, 64, 20),
@@ -98,7 +100,8 @@ def test_critiques_by_seed_with_those_that_are_cut_drawn_again():
     texts = user.criticise(requests)
     assert all(text.startswith("too old ") for text in texts)
     assert any(text == f"too old {seed}" for seed, text in enumerate(texts))
-    assert user.counts["cut by length"] == len(said) - 12 > 0
+    assert user.counts["cut by length"] == user.counts["asked again"] == len(said) - 12 > 0
+    assert (user.counts["replies"], user.counts["no critique"]) == (len(said), 0)
     assert {text for _, text in said} == {
         "".join(PROMPTS.critique_prompt(r.dialogue, r.shown)).strip() for r in requests
     }
@@ -106,8 +109,18 @@ def test_critiques_by_seed_with_those_that_are_cut_drawn_again():
 
 def test_a_teacher_that_never_ends_a_reply_gives_nothing_after_five_rounds():
     teacher = ScriptedTeacher({"annotator": lambda r, c: "too old"}, error_rate=1.0)
-    assert TeacherUser(teacher, PROMPTS).criticise([Criticise(DIALOGUES[0], (0,))]) == [""]
+    user = TeacherUser(teacher, PROMPTS)
+    assert user.criticise([Criticise(DIALOGUES[0], (0,))]) == [""]
     assert teacher.errors == 5
+    assert +user.counts == {"replies": 5, "asked again": 4, "cut by length": 5, "no critique": 1}
+
+
+def test_critiques_that_fail_or_are_empty_are_counted_apart():
+    blank, failed, good = Reply((" ",), ("stop",)), Failure("server", "busy"), Reply(("too old",), ("stop",))
+    user = TeacherUser(Stub({TITLES[0]: [blank, failed, good], TITLES[1]: [good]}), PROMPTS)
+    requests = [Criticise(DIALOGUES[0], (item,), item) for item in (0, 1)]
+    assert user.criticise(requests) == ["too old", "too old"]
+    assert +user.counts == {"replies": 3, "asked again": 2, "empty": 1, "failed_server": 1}
 
 
 def test_prompts_for_a_model_are_refused():

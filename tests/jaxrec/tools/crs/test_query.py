@@ -100,6 +100,16 @@ def test_a_list_that_somebody_else_made_is_gone_on_from():
     assert (reply.items, reply.text, made.counts["resumed"]) == ((1, 2), "1", 1)
 
 
+def test_counts_are_those_of_the_model_and_of_its_lists():
+    def counting(requests):
+        return lists(requests)
+
+    counting.counts = {"search: filled": 3, "query: empty": 0}
+    made = QueryRecommender(Write("hm", "0"), QueryPrompts(CATALOGUE), counting, 2)
+    made.recommend([Ask(TALK)])
+    assert made.counts == {"tries": 2, "asked again": 1, "misfits": 1, "search: filled": 3}
+
+
 def test_unusable_queries_are_written_again_together():
     write = Write("hm", "0", "", "2", "what", "3")
     made = QueryRecommender(write, QueryPrompts(CATALOGUE), lists, 2)

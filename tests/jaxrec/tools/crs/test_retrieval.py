@@ -180,10 +180,21 @@ def test_written_queries():
     assert "genre, star, director, writer, plot" in first[0]
     assert "Name no title in the query" in first[0]
     assert "## Feedback\nUser: not horror" in second[0]
+    assert +queries.counts == {"tries": 3, "asked again": 1, "misfits": 1, "empty": 1}
     broken = WrittenQueries(Failing(), RecommenderPrompts(CATALOGUE, 2), tries=2)
     with pytest.raises(RuntimeError, match=r"d1:4: none of 2 replies holds a query; .*refused: no"):
         broken(asks)
-    assert broken.counts == {"replies": 4, "misfits": 4, "failed_refused": 4}
+    assert +broken.counts == {"tries": 4, "asked again": 2, "misfits": 4, "failed_refused": 4}
+
+
+def test_counts_of_queries_and_of_searches_are_told_apart(bm25):
+    made = RetrievalRecommender(ItemSearch(CATALOGUE, bm25, 2), latest_turns(1))
+    made.recommend([Ask(Dialogue("d3", (Turn("user", "crime"),)), past=(0,))])
+    assert +made.counts == {"search: filled": 1}
+    written = WrittenQueries(Writer(), RecommenderPrompts(CATALOGUE, 1))
+    made = RetrievalRecommender(ItemSearch(CATALOGUE, bm25, 1), written)
+    made.recommend([Ask(TALK), Ask(TALK, (4,), "not horror", (4,))])
+    assert +made.counts == {"query: tries": 3, "query: asked again": 1, "query: misfits": 1, "query: empty": 1}
 
 
 class Failing:
@@ -201,6 +212,7 @@ def test_lists_of_a_policy_that_writes_queries(bm25):
     ]
     assert lists(requests) == [(3,), None, (1,)]  # the shorter text; blank; no crime is left
     assert lists([requests[1]]) == [None]
+    assert lists.counts == {"query: empty": 2, "search: filled": 1}
     horror = ListRequest(talk, "horror", (), "", (), 0)
     assert lists([horror]) == [(4,)]
     assert SearchedLists(ItemSearch(CATALOGUE, bm25, 1), exclude_mentioned=True)([horror]) == [(2,)]
