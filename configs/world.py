@@ -1,6 +1,7 @@
 """The embedded world: generate it and say what is in it, beside real data if a folder is given.
 
 jaxrec run --config=configs/world.py
+jaxrec run --config=configs/world.py --config.scale=talk        the world that GRSU's conversations are about
 jaxrec run --config=configs/world.py --config.compare=FOLDER    e.g. a folder with ml-100k.inter or u.data
 """
 
@@ -26,6 +27,13 @@ def get_config(variant: str = "demo") -> ConfigDict:
     c.world.drift = 0.03  # probability per event that a user changes rule
     c.world.noise = 0.1  # probability that an event is drawn by popularity alone
     c.world.circle_share = 0.5  # among taste events, those from a circle of items that no word describes
+    # Conversations about the world's items, as configs/grsu.py has them: how many of each split, 0 for none.
+    c.conversations = ConfigDict()
+    c.conversations.train = 24 if variant == "tiny" else 2400
+    c.conversations.valid = 4 if variant == "tiny" else 100
+    c.conversations.test = 4 if variant == "tiny" else 160
+    c.conversations.wishes = 4  # attributes of the hidden item that a seeker names
+    c.conversations.avoid = 0.5  # probability that it also says what the item shall not be
     c.floors = True  # also rank with popularity and a Markov chain
     c.max_history = 50  # items of history the floors see
     c.compare = ""  # folder of real data (RecBole, MovieLens, Amazon Reviews 2023) for the same figures

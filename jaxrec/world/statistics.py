@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxrec.data.dialogues import USER
 from jaxrec.data.interactions import Interactions, drop_duplicates
 from jaxrec.data.splits import leave_one_out
 from jaxrec.world.config import Rule
+from jaxrec.world.conversations import Conversations, Wish
 from jaxrec.world.generate import INTENT, KINDS, World
 from jaxrec.world.interactions import event_kinds, to_interactions
 
@@ -29,7 +31,8 @@ _LARGEST = 4_000_000_000  # scores that ranking floors may compute: minutes on t
 class Described:
     """Figures of one data set. ``values``: name -> number, in the order they are shown. ``floors``: recommender -> its
     test metrics under leave-one-out and full ranking. per_user int [U], per_item int [N]: events of each.
-    candidates int [n]: for every intent event how many unseen items met its rule; None without a world."""
+    candidates int [n]: for every intent event how many unseen items met its rule; None without a world.
+    ``conversations``: split -> name -> number, of :func:`describe_conversations`; empty without a world."""
 
     name: str
     values: dict[str, float]
@@ -37,6 +40,7 @@ class Described:
     per_user: np.ndarray
     per_item: np.ndarray
     candidates: np.ndarray | None = None
+    conversations: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def gini(counts: np.ndarray) -> float:
@@ -160,27 +164,88 @@ def describe_world(world: World, name: str = "embedded world", **options: Any) -
     return describe(to_interactions(world), name, world=world, **options)
 
 
-def statistics_table(data: Sequence[Described]) -> Table:
-    """The figures as a terminal table, one column per data set; – where a data set has no such figure."""
-    from rich.table import Table
+def describe_conversations(talks: Conversations, counts: Mapping[str, int]) -> dict[str, dict[str, float]]:
+    """Figures of a world's conversations by split, in the order they are shown. counts: of conversations by split; one
+    without any is left out."""
+    return {split: _conversations(talks, split, count) for split, count in counts.items() if count}
 
-    table = Table(title="Statistics", title_justify="left")
-    table.add_column("")
-    for each in data:
-        table.add_column(each.name, justify="right")
-    for field in dict.fromkeys(name for each in data for name in each.values):
-        table.add_row(field, *(_number(each.values.get(field)) for each in data))
+
+def _conversations(talks: Conversations, split: str, count: int) -> dict[str, float]:
+    instances = talks.sample(split, count)
+    turns = [instance.dialogue.turns for instance in instances]
+    wishes = [talks.stated(instance.dialogue) for instance in instances]
+    fitting, nearly = np.array([_met(talks, own) for own in wishes]).T
+    items, targets = len(talks.catalogue), {label for instance in instances for label in instance.labels}
+    return {
+        "conversations": count,
+        "items that may be a target": len(talks.items[split]),
+        "share of all items": len(talks.items[split]) / items,
+        "different targets": len(targets),
+        "share of all items that are a target": len(targets) / items,
+        "turns, mean": float(np.mean([len(own) for own in turns])),
+        "turns of the seeker, mean": float(np.mean([sum(turn.role == USER for turn in own) for own in turns])),
+        "wishes, mean": float(np.mean([len(own) for own in wishes])),
+        "conversations that say what is not wanted": float(np.mean([not all(w.wanted for w in own) for own in wishes])),
+        **_spread("items that meet all wishes", fitting),
+        **_spread("items that meet all wishes but one", nearly),
+        "recall@10 of a blind draw among those that meet all": float(np.minimum(10 / fitting, 1).mean()),
+    }
+
+
+def _met(talks: Conversations, wishes: Sequence[Wish]) -> tuple[int, int]:
+    """How many items meet all wishes, and how many all but one."""
+    missed = np.sum([talks.fits(wish) != wish.wanted for wish in wishes], axis=0)
+    return int(np.count_nonzero(missed == 0)), int(np.count_nonzero(missed == 1))
+
+
+def statistics_rows(data: Sequence[Described]) -> dict[str, list[float | None]]:
+    """Figure -> its value in each data set, None where it has none."""
+    rows = {field: [each.values.get(field) for each in data] for each in data for field in each.values}
     for floor in dict.fromkeys(name for each in data for name in each.floors):
         for metric in dict.fromkeys(m for each in data for m in each.floors.get(floor, ())):
-            cells = (_number(each.floors.get(floor, {}).get(metric)) for each in data)
-            table.add_row(f"{floor} {metric}", *cells)
+            rows[f"{floor} {metric}"] = [each.floors.get(floor, {}).get(metric) for each in data]
+    return rows
+
+
+def conversation_rows(each: Described) -> dict[str, list[float | None]]:
+    """Figure -> its value in each split that is described."""
+    fields = dict.fromkeys(field for figures in each.conversations.values() for field in figures)
+    return {field: [figures.get(field) for figures in each.conversations.values()] for field in fields}
+
+
+def terminal_table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float | None]]) -> Table:
+    """Figures as a terminal table; – for None."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for field, values in rows.items():
+        table.add_row(field, *map(_number, values))
     return table
 
 
+def statistics_table(data: Sequence[Described]) -> Table:
+    """The figures as a terminal table, one column per data set."""
+    return terminal_table("Statistics", [each.name for each in data], statistics_rows(data))
+
+
+def conversations_table(each: Described) -> Table:
+    """The figures of a world's conversations as a terminal table, one column per split."""
+    return terminal_table("Conversations", list(each.conversations), conversation_rows(each))
+
+
+def shown(value: float | None) -> int | float | None:
+    """A figure as tables show it: without decimals where it has none, but 0.0 as the share that it is."""
+    return int(value) if value is not None and float(value).is_integer() and abs(value) >= 1 else value
+
+
 def _number(value: float | None) -> str:
+    value = shown(value)
     if value is None:
         return "–"
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) and value else f"{value:.4f}"
 
 
 def plot(data: Sequence[Described], path: Path) -> Path:
@@ -218,4 +283,6 @@ def plot(data: Sequence[Described], path: Path) -> Path:
 
 def as_json(each: Described) -> Mapping[str, Any]:
     """The figures of one data set as JSON types."""
-    return {"name": each.name, "values": each.values, "floors": each.floors}
+    return {
+        "name": each.name, "values": each.values, "floors": each.floors, "conversations": each.conversations
+    }  # fmt: skip

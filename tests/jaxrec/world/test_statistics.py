@@ -9,8 +9,17 @@ from jaxrec.cli import main
 from jaxrec.data.atomic import save_atomic
 from jaxrec.data.interactions import PAD, Interactions
 from jaxrec.world import INTENT, generate, world_config
+from jaxrec.world.conversations import Conversations, TalkConfig
 from jaxrec.world.interactions import to_interactions
-from jaxrec.world.statistics import describe, describe_world, floors, gini, intent_candidates, statistics_table
+from jaxrec.world.statistics import (
+    describe,
+    describe_conversations,
+    describe_world,
+    floors,
+    gini,
+    intent_candidates,
+    statistics_table,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +91,41 @@ def test_shares_and_candidates_of_a_world(world):
     assert len(table.columns) == 3
 
 
+def test_conversations_by_counting(world):
+    """Against a walk through the catalogue that knows attributes by their names alone."""
+    talks = Conversations(world, 3, TalkConfig(wishes=3, avoid=0.6))
+    found = describe_conversations(talks, {"train": 40, "valid": 0, "test": 9})
+    assert list(found) == ["train", "test"]
+    for split, count in (("train", 40), ("test", 9)):
+        part, fitting, nearly, unwanted, own = talks.sample(split, count), [], [], 0, found[split]
+        for instance in part:
+            wishes = talks.stated(instance.dialogue)
+            unwanted += any(not wish.wanted for wish in wishes)
+            missed = [
+                sum((known[w.attribute][0] == w.value) != w.wanted for w in wishes)
+                for known in talks.catalogue.attributes
+            ]
+            assert missed[instance.labels[0]] == 0
+            fitting.append(missed.count(0))
+            nearly.append(missed.count(1))
+        assert own["conversations"] == count
+        assert own["conversations that say what is not wanted"] == unwanted / count
+        assert own["wishes, mean"] == 3 + unwanted / count
+        assert (
+            own["turns, mean"] == np.mean([len(i.dialogue.turns) for i in part]) == 2 * own["turns of the seeker, mean"]
+        )
+        assert own["different targets"] == len({i.labels for i in part})
+        assert own["share of all items that are a target"] == own["different targets"] / 64
+        for name, counts in (("all wishes", fitting), ("all wishes but one", nearly)):
+            assert own[f"items that meet {name}, fewest"] == min(counts)
+            assert own[f"items that meet {name}, median"] == np.median(counts)
+            assert own[f"items that meet {name}, most"] == max(counts)
+        blind = np.mean([min(10 / n, 1) for n in fitting])
+        assert own["recall@10 of a blind draw among those that meet all"] == pytest.approx(blind)
+    assert found["train"]["items that may be a target"] == 64 - 6 - 13
+    assert sum(talks.items[split].size for split in talks.items) == 64
+
+
 def test_the_recipe_sets_real_data_beside_the_world(world, tmp_path, capsys):
     real = to_interactions(generate(world_config("tiny", seed=5)))
     save_atomic(real, tmp_path / "other", "other")
@@ -94,7 +138,17 @@ def test_the_recipe_sets_real_data_beside_the_world(world, tmp_path, capsys):
     assert "popularity Gini" in out.out
     result = json.loads((workdir / "result.json").read_text())
     assert [row["name"].split(": ")[1] for row in result["rows"]] == ["popularity", "Markov"] * 2
-    assert len(json.loads((workdir / "statistics.json").read_text())) == 2
+    described = json.loads((workdir / "statistics.json").read_text())
+    assert [list(each["conversations"]) for each in described] == [["train", "valid", "test"], []]
+    assert "items that meet all wishes but one, median" in out.out
+    statistics, talks = result["tables"]
+    assert [table["title"] for table in (statistics, talks)] == ["Statistics", "Conversations"]
+    assert talks["rows"][0] == {"name": "conversations", "train": 24, "valid": 4, "test": 4}
+    items = next(row for row in talks["rows"] if row["name"] == "items that meet all wishes, fewest")
+    assert all(type(items[split]) is int for split in ("train", "valid", "test"))
+    page = (workdir / "report.html").read_text()
+    assert "items that meet all wishes but one, median" in page
+    assert "popularity Gini" in page
     assert (workdir / "statistics.png").read_bytes().startswith(b"\x89PNG")
     assert (workdir / "report.html").is_file()
 
@@ -106,6 +160,8 @@ def test_the_recipe_sets_real_data_beside_the_world(world, tmp_path, capsys):
         ("--config.world.num_rules=9", "between 0 and 4"),
         ("--config.world.intent_share=2.0", "between 0 and 1"),
         ("--config.compare=/nowhere", "/nowhere"),
+        ("--config.conversations.valid=-1", "conversations.valid=-1 must not be negative"),
+        ("--config.conversations.wishes=9", "conversations: wishes=9 must lie between 1 and 5"),
     ],
 )
 def test_bad_settings(override, message, tmp_path, capsys):
