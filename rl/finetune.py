@@ -32,12 +32,14 @@ class SFTConfig:
     router_balance: float = 0.0
     # Weight of the loss that draws a row's tokens to the experts that "router_home" of a batch names, bool [B, E].
     router_home: float = 0.0
+    # Weight of the loss that keeps MLP units silent where they are not needed: see losses.mlp_sparsity.
+    mlp_sparsity: float = 0.0
 
     def __post_init__(self):
         for name in ("micro_batches", "logprob_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("save_every", "router_balance", "router_home"):
+        for name in ("save_every", "router_balance", "router_home", "mlp_sparsity"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
 
@@ -48,11 +50,12 @@ def sft_loss(
     """A share of the batch's loss: -sum of masked log-probs / ``tokens``, the masked tokens of the *whole* batch.
 
     batch: see :func:`sft_step`. Returns (scalar, {"loss": (sum, count)}), with ``router_balance`` also "balance", which
-    is 1 where every expert gets its share, with ``router_home`` also "home", nats to the named experts.
+    is 1 where every expert gets its share, with ``router_home`` also "home", nats to the named experts, with
+    ``mlp_sparsity`` also "sparsity", what its loss is a mean of.
     """
     mask = jnp.asarray(batch["mask"], jnp.float32).at[:, 0].set(0.0)  # nothing predicts a row's first token
-    weights = {"balance": config.router_balance, "home": config.router_home}
-    reduce = {name: _router_loss(name, batch) for name, weight in weights.items() if weight}
+    weights = {"balance": config.router_balance, "home": config.router_home, "sparsity": config.mlp_sparsity}
+    reduce = {name: _layer_loss(name, batch) for name, weight in weights.items() if weight}
     logp = token_logprobs(
         params, model_config, batch["tokens"], batch.get("lengths"), chunk=config.logprob_chunk,
         select=batch.get("select"), positions=batch.get("positions"), segment_ids=batch.get("segment_ids"),
@@ -68,8 +71,8 @@ def sft_loss(
     return share, metrics
 
 
-def _router_loss(name: str, batch: Mapping[str, jax.Array]) -> Reduced:
-    """A loss of one layer's router over the tokens that are no padding."""
+def _layer_loss(name: str, batch: Mapping[str, jax.Array]) -> Reduced:
+    """A loss of one layer's router or MLP over the tokens that are no padding."""
     tokens = batch["tokens"]
     if "segment_ids" in batch:
         valid = batch["segment_ids"] > 0
@@ -77,6 +80,8 @@ def _router_loss(name: str, batch: Mapping[str, jax.Array]) -> Reduced:
         valid = jnp.arange(tokens.shape[1]) < batch["lengths"][:, None]
     else:
         valid = jnp.ones(tokens.shape, bool)
+    if name == "sparsity":
+        return Reduced(("mlp.act", "mlp.gate"), lambda v: losses.mlp_sparsity(v["mlp.act"], v["mlp.gate"], valid))
     flat = valid.reshape(-1).astype(jnp.float32)
     if name == "home":
         if "router_home" not in batch:

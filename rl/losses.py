@@ -202,3 +202,13 @@ def router_home(logits: jax.Array, home: jax.Array, valid: jax.Array) -> jax.Arr
     inside = jax.nn.logsumexp(jnp.where(home, logits, -jnp.inf), axis=-1)
     nats = jax.nn.logsumexp(logits, axis=-1) - inside
     return (nats * valid).sum() / jnp.maximum(valid.sum(), 1.0)
+
+
+def mlp_sparsity(act: jax.Array, gate: jax.Array, valid: jax.Array) -> jax.Array:
+    """Mean over tokens and units of |act| and half of what the gate stands above 0: units that do nothing for a token
+    are closed there, and what an open or a half-closed gate (SiLU's negative side) lets through costs.
+
+    act, gate float [B, T, F], a layer's activated product and its gate before the activation; valid bool [B, T].
+    """
+    cost = jnp.abs(act.astype(jnp.float32)) + 0.5 * jax.nn.relu(gate.astype(jnp.float32))
+    return (cost.mean(axis=-1) * valid).sum() / jnp.maximum(valid.sum(), 1)

@@ -153,6 +153,29 @@ def test_the_balance_loss_spreads_tokens():
     assert balance(0.3) < 1.05 < balance(1e-6)
 
 
+def test_the_sparsity_loss_closes_units():
+    act = jnp.array([[[1.0, -3.0], [0.5, 0.0]], [[2.0, 2.0], [9.0, 9.0]]])
+    gate = jnp.array([[[2.0, -2.0], [-1.0, 4.0]], [[0.0, 0.0], [9.0, 9.0]]])
+    valid = jnp.array([[True, True], [True, False]])
+    # |act|: 4 + 0.5 + 4; open gates: 2 + 4; over three tokens of two units. Padding is not counted.
+    np.testing.assert_allclose(module.losses.mlp_sparsity(act, gate, valid), (8.5 + 0.5 * 6) / 6, rtol=1e-6)
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 11, (8, 12)).astype(np.int32), "mask": np.ones((8, 12), np.float32)}
+
+    def fired(weight):
+        config = module.SFTConfig(OptimizerConfig(lr=1e-2), mlp_sparsity=weight)
+        state = init_state(model_params.init(MODEL, jax.random.key(0)), config.optimizer)
+        for _ in range(30):
+            state, metrics = module.jitted_sft_step()(state, batch, config, MODEL)
+        assert ("sparsity" in metrics) == (weight > 0)
+        out = forward(state.params, MODEL, batch["tokens"], head=False, record=("mlp.gate",)).records["mlp.gate"]
+        return float((out > 0).mean())
+
+    assert fired(3.0) < 0.5 * fired(0.0)
+    with pytest.raises(ValueError, match="mlp_sparsity must be at least 0"):
+        module.SFTConfig(OptimizerConfig(lr=1e-2), mlp_sparsity=-1.0)
+
+
 def test_a_home_draws_tokens_to_its_experts():
     logits = jnp.log(jnp.array([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]]))
     home = jnp.array([[True, False, True, False], [False, True, False, False]])
