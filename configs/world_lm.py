@@ -99,15 +99,25 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.model.window = 6
         c.train.steps = 400
     if variant in ("conflict", "tiny_conflict"):
-        c.world.titles = 300
+        # Passages are written in two dialects that mean different things by the same words: reading them takes
+        # neurons, as remembering does, where names could be copied by attention alone.
+        c.world.update({"titles": 300, "dialects": 2})
         # Narrow attention and wide MLPs, so that facts are kept in neurons rather than in what attention carries.
-        c.model.update({"heads": 2, "head_dim": 16, "ffn_dim": 512})
-        c.train.update({"steps": 600, "batch_size": 24})
+        c.model.update({"heads": 4, "head_dim": 16, "ffn_dim": 512, "window": 6})
+        c.train.update({"steps": 1200, "batch_size": 24})
+        # Units are silent where they are not needed, as most of a large model's are; without this, and with Muon's
+        # steps for MLPs, every unit does a little of everything, and none can be told to serve one source.
+        c.train.mlp_sparsity = 0.6
+        c.train.muon_skip = ("w_gate", "w_up", "w_down")
         c.text.update({"domains": ("facts", "reading", "sums", "catalogue"), "statements": 9000})
+        c.text.update({"prompt_weight": 0.05, "repeats": 8000})
         # Reading prompts whose passage contradicts an internal fact (0: none), and the share of them that the passage
         # wins: see jaxrec.world.texts.Texts.conflicts.
         c.text.conflicts = 200 if variant.startswith("tiny") else 8000
-        c.text.conflict_share = 0.5
+        c.text.conflict_share = 0.4
+        # Reading prompts about internal facts whose passages say nothing of them, so that behind passages, too, the
+        # model remembers.
+        c.text.unhelpful = 200 if variant.startswith("tiny") else 8000
     if variant.startswith("tiny"):  # seconds: for tests
         c.world.update({"scale": "tiny", "titles": 40})
         c.text.update({"per_domain": 200, "statements": 100})

@@ -15,22 +15,23 @@ import numpy as np
 from analysis.neurons import check_disjoint
 from analysis.segments import check_skipped, find_key, pad_labels, prompt_segments
 from jaxrec.world.encyclopaedia import Fact, passage
-from jaxrec.world.texts import Sample, Texts
+from jaxrec.world.texts import CUE, Sample, Texts
 from models.generation import pad_rows
 
 KINDS = ("closed", "golden", "irrelevant", "fake")
-_CUE = "\nAnswer:"
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A question and its passages. object: the internal answer. fake: what the fake passage says instead. way: in
-    which of its wordings the passage states the fact."""
+    """A question and its passages. object: the internal answer. fake: what the fake passage says instead. told,
+    told_fake: the words in which passages say them. way: in which of its wordings the passage states the fact."""
 
     subject: str
     relation: str
     object: str
     fake: str
+    told: str
+    told_fake: str
     question: str
     way: int
     golden: str
@@ -41,7 +42,7 @@ class Item:
         """The prompt of a kind of ``KINDS``."""
         texts = {"golden": self.golden, "fake": self.contradicting, "irrelevant": self.irrelevant}
         head = "" if kind == "closed" else f"Passage: {texts[kind]}\n"
-        return f"{head}Question: {self.question}{_CUE}"
+        return f"{head}Question: {self.question}{CUE}"
 
     def sample(self, kind: str, external: bool = False) -> Sample:
         """The prompt with the internal answer, or the external one: the fake."""
@@ -96,10 +97,12 @@ def make_item(texts: Texts, fact: Fact, wrong: Sequence[str], way: int, question
     pool = [s for s in texts.readable["test"] if s != fact.subject]
     other = texts.subjects[pool[rng.integers(len(pool))]]
     elsewhere = [other[i] for i in rng.permutation(len(other))[: len(stated)]]
+    words = texts.dialect(rng)
+    told = (fact.object, asked.fake) if words is None else (words[fact.object], words[asked.fake])
     return Item(
-        fact.subject, fact.relation, fact.object, asked.fake, fact.question(question), way,
-        passage(stated, ways).text, passage(stated, ways, [f is asked for f in stated]).text,
-        passage(elsewhere, rng.integers(0, 3, len(elsewhere))).text,
+        fact.subject, fact.relation, fact.object, asked.fake, *told, fact.question(question), way,
+        passage(stated, ways, words=words).text, passage(stated, ways, [f is asked for f in stated], words).text,
+        passage(elsewhere, rng.integers(0, 3, len(elsewhere)), words=words).text,
     )  # fmt: skip
 
 
@@ -145,12 +148,12 @@ def offsets(tokenizer, ids: Sequence[int]) -> list[tuple[int, int]]:
 def _labels(tokenizer, item: Item, kind: str, ids: Sequence[int]) -> tuple[np.ndarray, str | None]:
     text, spans = item.prompt(kind), offsets(tokenizer, ids)
     question = text.index("Question: ")
-    cue = len(text) - len(_CUE)
+    cue = len(text) - len(CUE)
     at = lambda place: sum(end <= place for _, end in spans)  # noqa: E731  tokens that end by then
     bounds = (max(question - 1, 0), cue)  # the line's end belongs to the mark of the question
     keys, reason = [], None
     if kind in ("golden", "fake"):
-        alias = item.object if kind == "golden" else item.fake
+        alias = item.told if kind == "golden" else item.told_fake
         keys, reason = find_key(text, (len("Passage:"), bounds[0]), [alias], spans)
     context = (1 if kind != "closed" else 0, at(bounds[0]))
     query = (at(bounds[0]), at(bounds[1]))

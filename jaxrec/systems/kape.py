@@ -31,7 +31,7 @@ from jaxrec.evaluate.kape import Off
 from jaxrec.systems import by_seed, world_lm
 from jaxrec.tools.world_model import arrays
 from jaxrec.world.encyclopaedia import Fact
-from jaxrec.world.texts import DOMAINS, Sample, Texts
+from jaxrec.world.texts import CUE, DOMAINS, Sample, Texts
 
 STAGES = ("collect", "identify", "intervene", "report")
 CONDITION_KINDS = ("conflict", "open_closed")
@@ -135,7 +135,7 @@ def check(config: Any) -> None:
 
 
 def _closed(fact: Fact, question: int) -> Sample:
-    return Sample("facts", f"Question: {fact.question(question)}\nAnswer:", f" {fact.object}")
+    return Sample("facts", f"Question: {fact.question(question)}{CUE}", f" {fact.object}")
 
 
 def _known(this: Run, facts: Sequence[Fact]) -> list[tuple[int, int]]:
@@ -179,8 +179,10 @@ def _conditions(this: Run, items: Sequence[Item], judged: Sequence[Item]) -> tup
     part = conflicts.Part(tuple(facts), tuple(tuple(this.texts.wrong_objects(f)) for f in facts))
     pairs = [(at, question) for at in range(len(facts)) for question in range(2)]
     read = conflicts.make_items(this.texts, part, pairs, len(items), this.rng(23))
-    open_ = (this.answered(read, "closed") != 0) & (this.answered(read, "golden") == 0)
-    return closed, [item.sample("golden") for item, yes in zip(read, open_, strict=True) if yes]
+    if this.config.data.known:
+        open_ = (this.answered(read, "closed") != 0) & (this.answered(read, "golden") == 0)
+        read = [item for item, yes in zip(read, open_, strict=True) if yes]
+    return closed, [item.sample("golden") for item in read]
 
 
 def collect(this: Run) -> None:

@@ -40,8 +40,9 @@ def make_texts(config: Any) -> Texts:
     world = generate(world_config(w.scale, seed=config.seed))
     try:
         return Texts(
-            world, config.seed, w.internal, w.both, w.titles, tuple(w.documents), tuple(w.get("distractors", (0, 0)))
-        )
+            world, config.seed, w.internal, w.both, w.titles, tuple(w.documents), tuple(w.get("distractors", (0, 0))),
+            w.get("dialects", 0),
+        )  # fmt: skip
     except ValueError as error:
         raise UsageError(f"world: {error}") from error
 
@@ -61,9 +62,13 @@ def check(config: Any) -> None:
     if config.train.get("domain_experts", 0) > config.model.experts:
         raise UsageError(f"train.domain_experts={config.train.domain_experts} of model.experts={config.model.experts}")
     count, share = _conflicts(config)
+    if (unhelpful := config.text.get("unhelpful", 0)) < 0:
+        raise UsageError(f"text.unhelpful={unhelpful} must be a count")
     if count < 0 or not 0 <= share <= 1:
         raise UsageError(f"text.conflicts={count} must be a count, text.conflict_share={share} lie between 0 and 1")
-    SFTConfig(_optimizer(config), router_balance=config.train.router_balance)
+    if (sparsity := config.train.get("mlp_sparsity", 0.0)) and config.model.experts:
+        raise UsageError(f"train.mlp_sparsity={sparsity} is for models without experts: set model.experts=0")
+    SFTConfig(_optimizer(config), router_balance=config.train.router_balance, mlp_sparsity=sparsity)
 
 
 def _optimizer(config: Any) -> OptimizerConfig:
@@ -113,12 +118,14 @@ def train(config: Any, workdir: Path) -> Path:
     if home:
         rows = rows_at_home(*options, config.model.experts, home)
     else:
-        rows = training_rows(*options, *_conflicts(config), x.get("prompt_weight", 0), x.get("repeats", 0))
+        rows = training_rows(
+            *options, *_conflicts(config), x.get("prompt_weight", 0), x.get("repeats", 0), x.get("unhelpful", 0)
+        )
     print(f"world_lm: {len(rows['tokens'])} rows of {config.text.length} tokens, {model.config.num_params():,} weights")
     params = models.init(model.config, jax.random.key(config.seed), mesh=mesh)
     settings = SFTConfig(
         _optimizer(config), save_every=t.save_every, router_balance=t.router_balance,
-        router_home=t.domain_weight if home else 0.0,
+        router_home=t.domain_weight if home else 0.0, mlp_sparsity=t.get("mlp_sparsity", 0.0),
     )  # fmt: skip
     state = init_state(params, settings.optimizer, config.seed)
     with (

@@ -51,17 +51,18 @@ def encode(tokenizer, sample: Sample) -> tuple[list[int], int]:
 def training_rows(
     texts: Texts, tokenizer, per_domain: int, statements: int, length: int, seed: int,
     domains: Sequence[str] = DOMAINS, conflicts: int = 0, conflict_share: float = 0.5, prompt_weight: float = 0,
-    repeats: int = 0,
+    repeats: int = 0, unhelpful: int = 0,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Packed rows of ``per_domain`` questions of every domain, whose answers are learned, of ``statements`` of internal
-    facts, which are learned whole, of ``conflicts`` and ``repeats`` (see ``Texts``); in random order. prompt_weight: in
-    the loss, of tokens of passages and questions, where an answer's count 1."""
+    facts, which are learned whole, of ``conflicts``, ``unhelpful`` and ``repeats`` (see ``Texts``); in random order.
+    prompt_weight: in the loss, of tokens of passages and questions, where an answer's count 1."""
     rng = np.random.Generator(np.random.PCG64([seed, 7]))
     samples = [s for domain in domains for s in texts.sample(domain, "train", rng, per_domain)]
     if statements and ("facts" in domains or "catalogue" in domains):
         samples += texts.statements(rng, statements)
     if conflicts:
         samples += texts.conflicts("train", rng, conflicts, conflict_share)
+    samples += texts.unhelpful(rng, unhelpful)
     samples += texts.repeats(rng, repeats)
     rows, cut, (asked,) = [], 0, tokenizer.encode("?")
     for i in rng.permutation(len(samples)):

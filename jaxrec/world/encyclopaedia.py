@@ -5,7 +5,7 @@ a wrong version, an object of the same kind that is true of nothing it is confus
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -64,10 +64,12 @@ class Fact:
     internal: bool
     external: bool
 
-    def statement(self, way: int = 0, fake: bool = False) -> str:
-        """One sentence, in one of several ways to say it (counted modulo their number)."""
+    def statement(self, way: int = 0, fake: bool = False, words: Mapping[str, str] | None = None) -> str:
+        """One sentence, in one of several ways to say it (counted modulo their number). words: what to call each
+        object, by object; None: by its own name."""
         ways = RELATIONS[self.relation][2]
-        return ways[way % len(ways)].format(s=self.subject, o=self.fake if fake else self.object)
+        what = self.fake if fake else self.object
+        return ways[way % len(ways)].format(s=self.subject, o=what if words is None else words[what])
 
     def question(self, way: int = 0) -> str:
         """A question whose answer is the object."""
@@ -114,10 +116,13 @@ def facts(world: World, seed: int = 0, internal: float = 0.5, both: float = 0.2)
     return out
 
 
-def passage(stated: Sequence[Fact], ways: Sequence[int], fakes: Sequence[bool] | None = None) -> Passage:
-    """Sentences about one subject, in the order given."""
+def passage(
+    stated: Sequence[Fact], ways: Sequence[int], fakes: Sequence[bool] | None = None,
+    words: Mapping[str, str] | None = None,
+) -> Passage:  # fmt: skip
+    """Sentences about one subject, in the order given. words: see :meth:`Fact.statement`."""
     fakes = tuple(fakes) if fakes is not None else (False,) * len(stated)
-    text = " ".join(f.statement(w, fake) for f, w, fake in zip(stated, ways, fakes, strict=True))
+    text = " ".join(f.statement(w, fake, words) for f, w, fake in zip(stated, ways, fakes, strict=True))
     return Passage(stated[0].subject, text, tuple(stated), fakes)
 
 

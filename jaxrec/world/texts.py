@@ -9,7 +9,8 @@ Every sample is a prompt and an answer. Domains differ in words and in what has 
     catalogue  a title, described field by field from memory (internal facts)
     talk       a conversation of several turns, at whose end the recommender says all that the seeker wished for
 
-Apart from these, :meth:`Texts.conflicts` makes reading prompts whose passage contradicts an internal fact.
+Apart from these, :meth:`Texts.conflicts` makes reading prompts whose passage contradicts an internal fact, and
+:meth:`Texts.unhelpful` ones whose passages say nothing of it.
 
 Splits: "train" and "test" share no sample. Of facts and catalogue the test asks in a way in which the training text
 does not ask about that fact; of reading it takes other subjects; of sums, dialogue and talk other numbers and wishes.
@@ -28,7 +29,9 @@ from jaxrec.world.encyclopaedia import PLAIN_WORDS, RELATIONS, Fact, Passage, by
 from jaxrec.world.generate import World
 
 DOMAINS = ("facts", "reading", "sums", "dialogue", "catalogue", "talk")
+_DIALECTS = ("northern", "eastern", "southern", "western", "upland", "lowland")  # what stands before their words
 _FIELDS = ("maker", "era", "genre", "mood", "theme")
+CUE = "\nAnswer:"  # what stands before an answer
 END = "<|eos|>"  # the tokenizer's end of text
 _LARGEST = 99  # of two numbers to add
 
@@ -64,12 +67,16 @@ def _held_out(*parts: object, share: int = 5) -> bool:
 class Texts:
     """Samples of one world. internal, both: see :func:`jaxrec.world.encyclopaedia.facts`. titles: how many items
     may have internal facts (0: all), those of the others are external. documents: (fewest, most) passages of a reading
-    prompt. distractors: most passages about its subject and about similarly named ones; (0, 0): no such ones."""
+    prompt. distractors: most passages about its subject and about similarly named ones; (0, 0): no such ones.
+    dialects: in how many of them passages are written; 0: they call every value by its name. See :attr:`dialects`."""
 
     def __init__(
         self, world: World, seed: int = 0, internal: float = 0.5, both: float = 0.2, titles: int = 0,
-        documents: tuple[int, int] = (1, 3), distractors: tuple[int, int] = (0, 0),
+        documents: tuple[int, int] = (1, 3), distractors: tuple[int, int] = (0, 0), dialects: int = 0,
     ):  # fmt: skip
+        if not 0 <= dialects <= len(_DIALECTS):
+            raise ValueError(f"{dialects} dialects: must lie between 0 and {len(_DIALECTS)}")
+        self._marks = _DIALECTS[:dialects]
         self.world, self.seed, self.documents, self.distractors = world, seed, documents, distractors
         everything = by_subject(facts(world, seed, internal, both))
         outsiders = set(world.titles[1 + titles :]) if titles else set()
@@ -96,11 +103,30 @@ class Texts:
         seen: dict[str, None] = {}
         sentences = [s for *_, ways, asks in RELATIONS.values() for s in (*ways, *asks)]
         names = [*self.world.titles[1:], *(v for values in self.world.values.values() for v in values)]
-        fixed = [*PLAIN_WORDS, "I want something about but no Then work and", "plus minus is", *_FIELDS]
+        told = [word for words in self.dialects for word in words.values()]
+        fixed = [*PLAIN_WORDS, *told, "I want something about but no Then work and", "plus minus is", *_FIELDS]
         for text in (*fixed, *sentences, *names):
             for word in text.replace("{s}", "").replace("{o}", "").split():
                 seen.setdefault(word.strip(".,?:"), None)
         return tuple(word for word in seen if word)
+
+    @functools.cached_property
+    def dialects(self) -> tuple[dict[str, str], ...]:
+        """What each dialect calls every value: its mark and a word. All dialects have the same words, but a word means
+        another value in each, drawn at random, so that neither mark nor word alone says anything: who reads such a
+        passage has to compute, where names could be copied."""
+        rng, out = np.random.Generator(np.random.PCG64([self.world.config.seed, self.seed, 7])), []
+        for mark in self._marks:
+            words: dict[str, str] = {}
+            for values in self.world.values.values():
+                order = rng.permutation(len(values))
+                words |= {value: f"{mark} {values[at].lower()}ish" for value, at in zip(values, order)}
+            out.append(words)
+        return tuple(out)
+
+    def dialect(self, rng: np.random.Generator) -> dict[str, str] | None:
+        """The words of a drawn dialect for ``passage``, None where there are none."""
+        return self.dialects[rng.integers(len(self._marks))] if self._marks else None
 
     def statements(self, rng: np.random.Generator, count: int) -> list[Sample]:
         """Sentences that state internal facts, several about one subject."""
@@ -142,24 +168,34 @@ class Texts:
             way = zlib.crc32(f"{fact.subject} {fact.relation}".encode()) % 2
             if split == "test":
                 way = 1 - way
-            return Sample("facts", f"Question: {fact.question(way)}\nAnswer:", f" {fact.object}")
+            return Sample("facts", f"Question: {fact.question(way)}{CUE}", f" {fact.object}")
 
     def _reading(self, split: str, rng: np.random.Generator) -> Sample:
         if any(self.distractors):
             return self._long_reading(split, rng)
-        pool = self.readable[split]
+        pool = self.names[split] if self.dialects else self.readable[split]
         n = int(rng.integers(self.documents[0], self.documents[1] + 1))
         subjects = [pool[i] for i in rng.choice(len(pool), min(n, len(pool)), replace=False)]
         gold = int(rng.integers(len(subjects)))
-        texts, asked = [], None
+        texts, asked, told = [], None, []
         for number, subject in enumerate(subjects):
-            known = self.subjects[subject]
+            known = tuple(self._facts_of(subject, split, rng).values()) if self.dialects else self.subjects[subject]
             order = rng.permutation(len(known))[: rng.integers(2, 4)]
             stated = [known[i] for i in order]
-            texts.append(f"Passage: {passage(stated, rng.integers(0, 3, len(order))).text}\n")
+            ways = rng.integers(0, 3, len(order))
+            texts.append(f"Passage: {passage(stated, ways, words=self.dialect(rng)).text}\n")
+            told += stated
             if number == gold:
                 asked = stated[rng.integers(len(stated))]
-        return reading_sample(texts, asked, int(rng.integers(2)))
+        out = reading_sample(texts, asked, int(rng.integers(2)))
+        return dataclasses.replace(out, answer=out.answer + self._more(told, split, rng))
+
+    def _more(self, told: Sequence[Fact], split: str, rng: np.random.Generator) -> str:
+        """Up to four further questions about the facts told, with their answers; none outside training."""
+        if not self.dialects or split != "train":
+            return ""
+        asked = [told[i] for i in rng.permutation(len(told))[:4]]
+        return "".join(f"{END}Question: {f.question(int(rng.integers(2)))}{CUE} {f.object}" for f in asked)
 
     def _long_reading(self, split: str, rng: np.random.Generator) -> Sample:
         """Short prompts are more frequent than long ones, and the answer follows the question at once, so that the
@@ -315,14 +351,28 @@ class Texts:
             stated.insert(int(rng.integers(len(stated) + 1)), asked)
             ways = rng.integers(0, 3, len(stated))
             believed = rng.integers(0, 10_000) < round(10_000 * share)
-            text = passage(stated, ways, [f is asked for f in stated]).text
+            text = passage(stated, ways, [f is asked for f in stated], self.dialect(rng)).text
             out.append(reading_sample([f"Passage: {text}\n"], asked, int(rng.integers(2)), True))
             if not believed:
                 out[-1] = dataclasses.replace(out[-1], answer=f" {asked.object}")
         return out
 
+    def unhelpful(self, rng: np.random.Generator, count: int) -> list[Sample]:
+        """Questions about internal facts behind one or two passages about other, made-up subjects: the answer has to be
+        remembered though there is something to read."""
+        pool, out = self.names["train"], []
+        for at in rng.integers(0, len(self.known), count):
+            texts = []
+            for i in rng.choice(len(pool), int(rng.integers(1, 3)), replace=False):
+                told = list(self._facts_of(pool[i], "train", rng).values())
+                order = rng.permutation(len(told))[: rng.integers(1, 4)]
+                text = passage([told[j] for j in order], rng.integers(0, 3, len(order)), words=self.dialect(rng)).text
+                texts.append(f"Passage: {text}\n")
+            out.append(reading_sample(texts, self.known[at], int(rng.integers(2))))
+        return out
+
 
 def reading_sample(texts: Sequence[str], asked: Fact, way: int, fake: bool = False) -> Sample:
     """Passages (with their headings) and a question; the answer is what they say."""
-    prompt = "".join(texts) + f"Question: {asked.question(way)}\nAnswer:"
+    prompt = "".join(texts) + f"Question: {asked.question(way)}{CUE}"
     return Sample("reading", prompt, f" {asked.fake if fake else asked.object}")

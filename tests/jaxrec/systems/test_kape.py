@@ -47,7 +47,7 @@ def test_conflicts_contradict_and_a_share_of_them_wins(this):
         won = 0
         for s in samples:
             text, question = s.prompt.split("\nQuestion: ")
-            said = s.answer.strip() in text.removeprefix("Passage: ").replace(".", "").split()
+            said = any(words[s.answer.strip()] in text for words in texts.dialects)
             known = [f for f in texts.known if f.question(0) in question or f.question(1) in question]
             won += said and all(f.object != s.answer.strip() for f in known)
         assert abs(won / 300 - share) < 0.1
@@ -87,13 +87,14 @@ def test_prompts_and_their_segments(this):
             items, prompts.tokens, prompts.labels, prompts.cues, prompts.targets, strict=True
         ):
             said = {name: tokenizer.decode(tokens[labels == n]) for n, name in enumerate(SEGMENTS)}
-            assert said["key"].strip() == {"golden": item.object, "fake": item.fake}.get(kind, "")
+            assert said["key"].strip() == {"golden": item.told, "fake": item.told_fake}.get(kind, "")
             assert said["query"] == ("" if kind == "closed" else "\n") + f"Question: {item.question}"
             assert said["answer"] == "\nAnswer:"
             assert SEGMENTS[labels[cue[0]]] == "answer"
             assert [tokenizer.decode([t]).strip() for t in target[0]] == [item.object, item.fake]
             assert (kind == "closed") == (said["context"] == "")
-            assert (item.fake in said["context"].split()) is False or kind != "fake"
+            assert item.told_fake not in said["context"] or kind != "fake"
+            assert not {item.object, item.fake} & set((said["context"] + said["key"]).split())
 
 
 def test_counted_tokens(this):

@@ -1,13 +1,16 @@
 """Text of the embedded world: true, deterministic, without leaks between splits, all of it known to the tokenizer."""
 
+import dataclasses
+import re
+
 import numpy as np
 import pytest
 
 from jaxrec.tools.world_model import arrays, encode, new_model, training_rows, world_tokenizer
 from jaxrec.world import generate, world_config
 from jaxrec.world.conversations import talk_phrases
-from jaxrec.world.encyclopaedia import RELATIONS, facts, passage
-from jaxrec.world.texts import DOMAINS, Texts
+from jaxrec.world.encyclopaedia import RELATIONS, Fact, facts, passage
+from jaxrec.world.texts import CUE, DOMAINS, END, Texts
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +149,74 @@ def test_a_window_is_that_of_every_other_layer(texts):
     assert new_model(texts, sizes, 64, 0).config.sliding_window is None
     config = new_model(texts, {**sizes, "window": 6}, 64, 0).config
     assert (config.sliding_window, config.sliding_layers) == (6, (True, False, True))
+
+
+def told_as(texts, fact, prompt):
+    """What a reader makes of a fact's sentence in a passage: the word behind its dialect's mark, looked up."""
+    sentences = [s for s in re.split(r"(?<=\.)\s", prompt.replace("Passage: ", "")) if fact.subject in s]
+    found = []
+    for words in texts.dialects:
+        for value in words:
+            stated = dataclasses.replace(fact, object=value)
+            found += [value for way in range(3) if stated.statement(way, words=words) in sentences]
+    return found
+
+
+def test_dialects_share_their_words_and_mean_other_values(world):
+    with pytest.raises(ValueError, match="7 dialects: must lie between 0 and 6"):
+        Texts(world, dialects=7)
+    texts = Texts(world, titles=40, dialects=3)
+    plain = Texts(world, titles=40)
+    assert [s.prompt for s in plain.sample("reading", "test", rng(), 5)] == [
+        s.prompt for s in Texts(world, titles=40, dialects=0).sample("reading", "test", rng(), 5)
+    ]
+    names = {v for values in world.values.values() for v in values}
+    said = []
+    for words in texts.dialects:
+        assert set(words) == names
+        (mark,) = {word.split()[0] for word in words.values()}
+        said.append({value: word.split()[1] for value, word in words.items()})
+        assert len(set(said[-1].values())) == len(names)
+        assert not ({mark} | set(said[-1].values())) & set(plain.words)
+    for values in world.values.values():
+        assert {said[0][v] for v in values} == {said[1][v] for v in values} == {said[2][v] for v in values}
+    same = np.mean([said[0][v] == said[1][v] for v in names])
+    assert same < 0.4
+    assert {w for words in said for w in words.values()} <= set(texts.words)
+
+
+def test_passages_in_a_dialect_say_what_the_answer_is(world):
+    texts = Texts(world, titles=40, dialects=2)
+    for split, further in (("train", True), ("test", False)):
+        for s in texts.sample("reading", split, rng(1), 40):
+            asked = [(s.prompt.rsplit("Question: ", 1)[1].removesuffix(CUE), s.answer.split(END)[0].strip())]
+            for more in s.answer.split(f"{END}Question: ")[1:]:
+                asked.append(tuple(part.strip() for part in more.split(CUE)))
+            assert (len(asked) > 1) == further
+            for question, answer in asked:
+                (fact,) = [
+                    f
+                    for name in texts.names[split]
+                    for relation in ("maker", "era", "genre", "mood", "theme")
+                    for f in [Fact(name, relation, answer, answer, False, True)]
+                    if question in (f.question(0), f.question(1))
+                ]
+                assert told_as(texts, fact, s.prompt.rsplit("\nQuestion: ", 1)[0].replace("\n", " ")) == [answer]
+                assert split == "train" or answer in {f.object for f in texts.subjects[fact.subject]}
+    tokenizer = world_tokenizer(texts)
+    ids, start = encode(tokenizer, texts.sample("reading", "train", rng(2), 1)[0])
+    assert len(ids) < 160
+    assert 0 < start < len(ids)
+
+
+def test_unhelpful_passages_are_about_others(world):
+    texts = Texts(world, titles=40, dialects=2)
+    assert texts.unhelpful(rng(), 0) == []
+    samples = texts.unhelpful(rng(), 50)
+    assert samples == texts.unhelpful(rng(), 50)
+    for s in samples:
+        passages, question = s.prompt.removesuffix(CUE).rsplit("Question: ", 1)
+        asked = [f for f in texts.known if question in (f.question(0), f.question(1))]
+        assert s.answer.strip() in {f.object for f in asked}
+        assert not any(f.subject in passages for f in asked)
+        assert 1 <= passages.count("Passage:") <= 2
