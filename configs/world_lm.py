@@ -4,6 +4,7 @@ jaxrec run --config=configs/world_lm.py:dense
 jaxrec run --config=configs/world_lm.py:moe      16 experts, for what prunes experts (moe_even: not drawn to domains;
                                                  moe_muon: with Muon's steps for experts too)
 jaxrec run --config=configs/world_lm.py:conflict also reads passages that contradict what it knows
+                                                 (no_conflict: never met one)
 jaxrec run --config=configs/world_lm.py:reader   finds the right one among two dozen passages
 jaxrec run --config=configs/world_lm.py:searcher knows a third of the world's facts and reads, for what searches
 jaxrec run --config=configs/world_lm.py:talker   follows conversations, for what recommends in them
@@ -12,8 +13,8 @@ jaxrec run --config=configs/world_lm.py:talker   follows conversations, for what
 from ml_collections import ConfigDict
 
 VARIANTS = (
-    "dense", "moe", "moe_even", "moe_muon", "reader", "conflict", "searcher", "tiny", "tiny_moe", "tiny_reader",
-    "tiny_conflict", "tiny_searcher", "talker", "tiny_talker",
+    "dense", "moe", "moe_even", "moe_muon", "reader", "conflict", "no_conflict", "searcher", "tiny", "tiny_moe",
+    "tiny_reader", "tiny_conflict", "tiny_searcher", "talker", "tiny_talker",
 )  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.text.repeats = 8000
         c.model.window = 6
         c.train.steps = 400
-    if variant in ("conflict", "tiny_conflict"):
+    if variant in ("conflict", "no_conflict", "tiny_conflict"):
         # Passages are written in two dialects that mean different things by the same words: reading them takes
         # neurons, as remembering does, where names could be copied by attention alone.
         c.world.update({"titles": 300, "dialects": 2})
@@ -113,7 +114,7 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.text.update({"prompt_weight": 0.05, "repeats": 8000})
         # Reading prompts whose passage contradicts an internal fact (0: none), and the share of them that the passage
         # wins: see jaxrec.world.texts.Texts.conflicts.
-        c.text.conflicts = 200 if variant.startswith("tiny") else 8000
+        c.text.conflicts = {"conflict": 8000, "no_conflict": 0, "tiny_conflict": 200}[variant]
         c.text.conflict_share = 0.4
         # Reading prompts about internal facts whose passages say nothing of them, so that behind passages, too, the
         # model remembers.
