@@ -61,7 +61,11 @@ def test_without_conflicts_a_world_has_the_text_it_had(this):
     make = lambda **more: training_rows(this.texts, this.model.tokenizer, 20, 10, 128, 0, **more)["tokens"]  # noqa: E731
     np.testing.assert_array_equal(make(), make(conflicts=0))
     assert make(conflicts=50).size > make().size
+    assert make(unhelpful=50).size > make().size
     assert "conflicts" not in resolve_config("world_lm:dense").text
+    off, on = (resolve_config(f"world_lm:{name}").to_dict() for name in ("no_conflict", "conflict"))
+    assert (off["text"].pop("conflicts"), on["text"].pop("conflicts")) == (0, 8000)
+    assert off == {**on, "variant": "no_conflict"}
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -230,6 +234,12 @@ def test_stages_in_the_wrong_order_and_too_little_to_find(done, tmp_path):
         kape.run(one, tmp_path, ["identify"])
     with pytest.raises(UsageError, match=r"text\.conflict_share=2.0 lie between 0 and 1"):
         world_lm.check(resolve_config("world_lm:tiny_conflict", ["--config.text.conflict_share=2.0"]))
+    with pytest.raises(UsageError, match=r"text\.unhelpful=-1 must be a count"):
+        world_lm.check(resolve_config("world_lm:tiny_conflict", ["--config.text.unhelpful=-1"]))
+    with pytest.raises(UsageError, match=r"train\.mlp_sparsity=0.6 is for models without experts"):
+        world_lm.check(resolve_config("world_lm:tiny_conflict", ["--config.model.experts=4", "--config.model.top_k=2"]))
+    with pytest.raises(UsageError, match=r"world: 9 dialects: must lie between 0 and 6"):
+        world_lm.make_texts(resolve_config("world_lm:tiny_conflict", ["--config.world.dialects=9"]))
 
 
 def test_the_command_line_and_the_report(done, tmp_path, capsys):
