@@ -69,7 +69,8 @@ def _base() -> ConfigDict:
     c.recommender.world.strength = 6.0  # of a wish, against the logarithm of popularity
     c.recommender.world.heard = 0.5  # probability that a wish is heeded
     c.recommender.world.temperature = 0.4  # of the draw
-    c.recommender.world.keep = 0.6  # share of a list that must have a value in common for it to be kept in the next
+    c.recommender.world.keep = 0.6  # share of a list with a value in common from which it is asked of the next ...
+    c.recommender.world.kept = 0.5  # ... and the probability that it then is
     c.recommender.index = ConfigDict()  # the search over all items that retrieval, policy and stage rl ask
     c.recommender.index.encoder = ""  # Hugging Face folder of a BERT-family encoder; "" is BM25
     c.recommender.index.instruction = ""  # encoder: put before every query

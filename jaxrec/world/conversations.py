@@ -196,7 +196,8 @@ class Conversations:
 class RecommenderConfig:
     """k: items of a list. memory: of the seeker's turns, the last ones that are read (0: all). strength: of a wish,
     in units of the logarithm of popularity. heard: probability that a wish is heeded. temperature: of the draw. keep:
-    share of a list that must have a value in common for it to be kept in the next one."""
+    share of a list that must have a value in common for it to be asked of the next one too. kept: probability that it
+    then is."""
 
     k: int = 10
     memory: int = 1
@@ -204,11 +205,12 @@ class RecommenderConfig:
     heard: float = 0.5
     temperature: float = 0.4
     keep: float = 0.6
+    kept: float = 0.5
 
     def __post_init__(self):
         if self.k < 1 or self.memory < 0 or self.strength < 0 or self.temperature < 0:
             raise ValueError(f"k must be at least 1; memory, strength and temperature must not be negative: {self}")
-        for name in ("heard", "keep"):
+        for name in ("heard", "keep", "kept"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
@@ -229,15 +231,15 @@ class WorldRecommender:
     def _list(self, ask: Ask) -> Reply:
         c, talks = self.config, self.talks
         rng = np.random.Generator(np.random.PCG64([ask.seed, 23]))
-        wishes = talks.stated(ask.dialogue, c.memory)
+        heeded = dict.fromkeys(talks.stated(ask.dialogue, c.memory), c.heard)
         if ask.shown:
-            asked = talks.understand(ask.critique)
-            taken = {wish.attribute for wish in (*wishes, *asked) if wish.wanted}
-            wishes += asked + [w for w in talks.common(ask.shown, c.keep) if w.attribute not in taken]
-        wishes = list(dict.fromkeys(wishes))
+            heeded |= dict.fromkeys(talks.understand(ask.critique), c.heard)
+            taken = {wish.attribute for wish in heeded if wish.wanted}
+            common = [wish for wish in talks.common(ask.shown, c.keep) if wish.attribute not in taken]
+            heeded |= dict.fromkeys(common, c.kept)
         score = talks.popularity + c.temperature * rng.gumbel(size=len(talks.catalogue))
-        for wish, draw in zip(wishes, rng.random(len(wishes)), strict=True):
-            if draw < c.heard:
+        for (wish, share), draw in zip(heeded.items(), rng.random(len(heeded)), strict=True):
+            if draw < share:
                 score += np.where(talks.fits(wish), c.strength if wish.wanted else -c.strength, 0.0)
         score[list(ask.shown)] = -np.inf
         best = np.argpartition(-score, c.k - 1)[: c.k] if c.k < len(score) else np.arange(len(score))

@@ -64,7 +64,7 @@ def mean_fit(talks, wishes, items):
 
 
 def test_the_recommender_forgets_and_a_critique_reminds_it(talks):
-    one = WorldRecommender(talks, RecommenderConfig(heard=1.0))
+    one = WorldRecommender(talks, RecommenderConfig(heard=1.0, kept=1.0))
     first, again, blank = [], [], []
     for number, instance in enumerate(talks.sample("test", 40)):
         wishes = [w for w in talks.stated(instance.dialogue) if w.wanted]
@@ -84,6 +84,18 @@ def test_the_recommender_forgets_and_a_critique_reminds_it(talks):
     assert again[0] > 0.8
     assert again[-1] > 0.8
     assert blank[0] < 0.3
+
+
+@pytest.mark.parametrize(("kept", "low", "high"), [(0.0, 0.0, 0.4), (0.5, 0.4, 0.75), (1.0, 0.9, 1.0)])
+def test_what_a_list_has_in_common_is_kept_as_often_as_asked(talks, kept, low, high):
+    recommender = WorldRecommender(talks, RecommenderConfig(heard=0.0, kept=kept))
+    wish = Wish("mood", talks.world.values["mood"][0])
+    shown = tuple(map(int, np.flatnonzero(talks.fits(wish))[:10]))
+    talk = talks.sample("test", 1)[0].dialogue
+    lists = recommender.recommend([Ask(talk, shown, "Hm.", shown, seed) for seed in range(80)])
+    assert low <= np.mean([np.mean(talks.fits(wish)[list(reply.items)]) for reply in lists]) <= high
+    with pytest.raises(ValueError, match="kept=2"):
+        RecommenderConfig(kept=2)
 
 
 def test_a_recommender_that_remembers_all_meets_every_wish(talks):
