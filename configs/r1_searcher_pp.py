@@ -79,7 +79,7 @@ def _base() -> ConfigDict:
     c.rl.aggregation = "sequence"
     c.rl.clip = 0.2
     c.rl.kl = 0.0  # of the reward, in nats per token (paper: 1e-4)
-    c.rl.lr = 2e-4
+    c.rl.lr = 4e-4
     c.rl.warmup = 4
     c.rl.b2 = 0.99
     c.rl.save_every = 20
