@@ -30,11 +30,11 @@ def get_config(variant: str = "demo") -> ConfigDict:
     c.data.known = True  # leave out facts that the model does not know, and passages that it does not need or read
     c.data.split_answers = True  # the parts to find neurons on and to judge them on share no answers either
     c.data.find = 2400  # prompts to find neurons on
-    c.data.judge = 800  # prompts to judge them on, about other subjects
+    c.data.judge = 400  # prompts to judge them on, about other subjects
     c.data.batch_size = 64
 
     c.identify = ConfigDict()  # see analysis.neurons.Selection
-    c.identify.rate = 0.15  # LAPE keeps 0.01 of far more neurons
+    c.identify.rate = 0.3  # LAPE keeps 0.01 of far more neurons
     c.identify.filter_quantile = 0.7  # LAPE: 0.95
     c.identify.bar_quantile = 0.7  # LAPE: 0.95
     c.identify.assign = "argmax"  # or bar

@@ -105,11 +105,12 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.world.update({"titles": 300, "dialects": 2})
         # Narrow attention and wide MLPs, so that facts are kept in neurons rather than in what attention carries.
         c.model.update({"heads": 4, "head_dim": 16, "ffn_dim": 512, "window": 6})
-        c.train.update({"steps": 1200, "batch_size": 24})
-        # Units are silent where they are not needed, as most of a large model's are; without this, and with Muon's
-        # steps for MLPs, every unit does a little of everything, and none can be told to serve one source.
-        c.train.mlp_sparsity = 0.6
-        c.train.muon_skip = ("w_gate", "w_up", "w_down")
+        c.train.update({"steps": 1000, "batch_size": 24})
+        # MLP units of each layer that remembering is drawn to, as many for reading, and the weight of the loss that
+        # keeps others silent there: see jaxrec.tools.world_model.rows_by_source. Without it every unit does a little
+        # of everything, and none can be told to serve one source.
+        c.train.source_units = 128
+        c.train.mlp_sparsity = 1.0
         c.text.update({"domains": ("facts", "reading", "sums", "catalogue"), "statements": 9000})
         c.text.update({"prompt_weight": 0.05, "repeats": 8000})
         # Reading prompts whose passage contradicts an internal fact (0: none), and the share of them that the passage
@@ -125,6 +126,8 @@ def get_config(variant: str = "dense") -> ConfigDict:
         if "repeats" in c.text:
             c.text.repeats = 100
         c.model.update({"dim": 32, "layers": 2, "heads": 2, "head_dim": 16, "ffn_dim": 32})
+        if "source_units" in c.train:
+            c.train.source_units = 8
         c.train.update({"steps": 8, "batch_size": 8, "save_every": 4})
         c.evaluate.samples = 24
     if variant == "tiny_reader":

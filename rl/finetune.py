@@ -32,7 +32,8 @@ class SFTConfig:
     router_balance: float = 0.0
     # Weight of the loss that draws a row's tokens to the experts that "router_home" of a batch names, bool [B, E].
     router_home: float = 0.0
-    # Weight of the loss that keeps MLP units silent where they are not needed: see losses.mlp_sparsity.
+    # Weight of the loss that keeps MLP units silent where they are not needed, or in rows of which a batch says so
+    # ("unit_away", bool [B, F]): see losses.mlp_sparsity.
     mlp_sparsity: float = 0.0
 
     def __post_init__(self):
@@ -81,7 +82,8 @@ def _layer_loss(name: str, batch: Mapping[str, jax.Array]) -> Reduced:
     else:
         valid = jnp.ones(tokens.shape, bool)
     if name == "sparsity":
-        return Reduced(("mlp.act", "mlp.gate"), lambda v: losses.mlp_sparsity(v["mlp.act"], v["mlp.gate"], valid))
+        away = batch.get("unit_away")
+        return Reduced(("mlp.act", "mlp.gate"), lambda v: losses.mlp_sparsity(v["mlp.act"], v["mlp.gate"], valid, away))
     flat = valid.reshape(-1).astype(jnp.float32)
     if name == "home":
         if "router_home" not in batch:

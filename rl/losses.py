@@ -204,11 +204,15 @@ def router_home(logits: jax.Array, home: jax.Array, valid: jax.Array) -> jax.Arr
     return (nats * valid).sum() / jnp.maximum(valid.sum(), 1.0)
 
 
-def mlp_sparsity(act: jax.Array, gate: jax.Array, valid: jax.Array) -> jax.Array:
+def mlp_sparsity(act: jax.Array, gate: jax.Array, valid: jax.Array, away: jax.Array | None = None) -> jax.Array:
     """Mean over tokens and units of |act| and half of what the gate stands above 0: units that do nothing for a token
     are closed there, and what an open or a half-closed gate (SiLU's negative side) lets through costs.
 
-    act, gate float [B, T, F], a layer's activated product and its gate before the activation; valid bool [B, T].
+    act, gate float [B, T, F], a layer's activated product and its gate before the activation; valid bool [B, T]; away
+    bool [B, F], the units of each row that are counted (None: all).
     """
     cost = jnp.abs(act.astype(jnp.float32)) + 0.5 * jax.nn.relu(gate.astype(jnp.float32))
-    return (cost.mean(axis=-1) * valid).sum() / jnp.maximum(valid.sum(), 1)
+    counted = jnp.broadcast_to(valid[..., None], cost.shape)
+    if away is not None:
+        counted &= away[:, None]
+    return (cost * counted).sum() / jnp.maximum(counted.sum(), 1)

@@ -19,7 +19,15 @@ import numpy as np
 import models
 from jaxrec.config import UsageError, resolve_config, save_config, to_json, write_atomic
 from jaxrec.data.pipeline import batches
-from jaxrec.tools.world_model import arrays, judge, new_model, rows_at_home, search_phrases, training_rows
+from jaxrec.tools.world_model import (
+    arrays,
+    judge,
+    new_model,
+    rows_at_home,
+    rows_by_source,
+    search_phrases,
+    training_rows,
+)
 from jaxrec.world import SCALES, generate, world_config
 from jaxrec.world.conversations import talk_phrases
 from jaxrec.world.texts import DOMAINS, Texts
@@ -47,9 +55,10 @@ def make_texts(config: Any) -> Texts:
         raise UsageError(f"world: {error}") from error
 
 
-def _conflicts(config: Any) -> tuple[int, float]:
-    """How many conflicts the training text holds, and the share that the passage wins."""
-    return config.text.get("conflicts", 0), config.text.get("conflict_share", 0.5)
+def _more(config: Any) -> dict[str, Any]:
+    """What some variants' training text has besides: see ``training_rows``."""
+    names = ("conflicts", "conflict_share", "prompt_weight", "repeats", "unhelpful")
+    return {name: config.text[name] for name in names if name in config.text}
 
 
 def check(config: Any) -> None:
@@ -61,13 +70,17 @@ def check(config: Any) -> None:
         raise UsageError("train.router_balance is for models with experts: set model.experts, or take :moe")
     if config.train.get("domain_experts", 0) > config.model.experts:
         raise UsageError(f"train.domain_experts={config.train.domain_experts} of model.experts={config.model.experts}")
-    count, share = _conflicts(config)
+    count, share = config.text.get("conflicts", 0), config.text.get("conflict_share", 0.5)
     if (unhelpful := config.text.get("unhelpful", 0)) < 0:
         raise UsageError(f"text.unhelpful={unhelpful} must be a count")
     if count < 0 or not 0 <= share <= 1:
         raise UsageError(f"text.conflicts={count} must be a count, text.conflict_share={share} lie between 0 and 1")
     if (sparsity := config.train.get("mlp_sparsity", 0.0)) and config.model.experts:
         raise UsageError(f"train.mlp_sparsity={sparsity} is for models without experts: set model.experts=0")
+    if not 0 <= 2 * (units := config.train.get("source_units", 0)) <= config.model.ffn_dim:
+        raise UsageError(
+            f"train.source_units={units}: two sets of so many must fit model.ffn_dim={config.model.ffn_dim}"
+        )
     SFTConfig(_optimizer(config), router_balance=config.train.router_balance, mlp_sparsity=sparsity)
 
 
@@ -117,10 +130,10 @@ def train(config: Any, workdir: Path) -> Path:
     options = texts, model.tokenizer, x.per_domain, x.statements, x.length, config.seed, x.domains
     if home:
         rows = rows_at_home(*options, config.model.experts, home)
+    elif units := t.get("source_units", 0):
+        rows = rows_by_source(*options, units, config.model.ffn_dim, **_more(config))
     else:
-        rows = training_rows(
-            *options, *_conflicts(config), x.get("prompt_weight", 0), x.get("repeats", 0), x.get("unhelpful", 0)
-        )
+        rows = training_rows(*options, **_more(config))
     print(f"world_lm: {len(rows['tokens'])} rows of {config.text.length} tokens, {model.config.num_params():,} weights")
     params = models.init(model.config, jax.random.key(config.seed), mesh=mesh)
     settings = SFTConfig(

@@ -91,6 +91,32 @@ def rows_at_home(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def rows_by_source(
+    texts: Texts, tokenizer, per_domain: int, statements: int, length: int, seed: int, domains: Sequence[str],
+    units: int, width: int, **more: Any,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Training rows that hold one kind of text each, with "unit_away" bool [B, width]: MLP units that are to be silent.
+
+    The first ``units`` are for what is remembered (facts, catalogue, statements), the next ``units`` for reading, the
+    others for all other text. Where both sources can answer (conflicts, unhelpful passages) none has to be silent.
+    more: of :func:`training_rows`.
+    """
+    place = np.arange(width)
+    remember, read = place < units, (place >= units) & (place < 2 * units)
+    own = {"facts": remember, "catalogue": remember, "reading": read}
+    both = {name: more.pop(name) for name in ("conflicts", "conflict_share", "unhelpful") if name in more}
+    repeats = more.pop("repeats", 0)
+    kinds = [(name, (name,), {}, ~own.get(name, ~(remember | read))) for name in domains]
+    kinds += [("both", (), both, place < 0)] if both.get("conflicts") or both.get("unhelpful") else []
+    kinds += [("repeats", (), {"repeats": repeats}, remember | read)] if repeats else []
+    parts = []
+    for number, (name, kind, special, away) in enumerate(kinds):
+        said = statements if name == "facts" else 0
+        part = training_rows(texts, tokenizer, per_domain, said, length, seed + number, kind, **special, **more)
+        parts.append({**part, "unit_away": np.tile(away, (len(part["tokens"]), 1))})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
 def _learned(ids: Sequence[int], start: int, weight: float, end: int, asked: int) -> list[float]:
     """How much each token counts: ``weight`` for a prompt's, and for those of further questions up to "?"."""
     out: list[float] = [weight] * start + [1] * (len(ids) - start)

@@ -159,6 +159,9 @@ def test_the_sparsity_loss_closes_units():
     valid = jnp.array([[True, True], [True, False]])
     # |act|: 4 + 0.5 + 4; open gates: 2 + 4; over three tokens of two units. Padding is not counted.
     np.testing.assert_allclose(module.losses.mlp_sparsity(act, gate, valid), (8.5 + 0.5 * 6) / 6, rtol=1e-6)
+    # Of the first row's second unit and the second row's first: |act| 3 + 0 and 2; open gates 4.
+    away = jnp.array([[False, True], [True, False]])
+    np.testing.assert_allclose(module.losses.mlp_sparsity(act, gate, valid, away), (5 + 0.5 * 4) / 3, rtol=1e-6)
     rng = np.random.default_rng(0)
     batch = {"tokens": rng.integers(0, 11, (8, 12)).astype(np.int32), "mask": np.ones((8, 12), np.float32)}
 
@@ -169,9 +172,12 @@ def test_the_sparsity_loss_closes_units():
             state, metrics = module.jitted_sft_step()(state, batch, config, MODEL)
         assert ("sparsity" in metrics) == (weight > 0)
         out = forward(state.params, MODEL, batch["tokens"], head=False, record=("mlp.gate",)).records["mlp.gate"]
-        return float((out > 0).mean())
+        return np.asarray(out) > 0
 
-    assert fired(3.0) < 0.5 * fired(0.0)
+    assert fired(3.0).mean() < 0.5 * fired(0.0).mean()
+    batch["unit_away"] = np.tile(np.arange(8) < 4, (8, 1))
+    apart = fired(3.0)
+    assert apart[..., :4].mean() < 0.2 * apart[..., 4:].mean()
     with pytest.raises(ValueError, match="mlp_sparsity must be at least 0"):
         module.SFTConfig(OptimizerConfig(lr=1e-2), mlp_sparsity=-1.0)
 

@@ -12,7 +12,7 @@ from jaxrec.config import UsageError, resolve_config
 from jaxrec.data import conflicts
 from jaxrec.evaluate import kape as judging
 from jaxrec.systems import kape, world_lm
-from jaxrec.tools.world_model import arrays
+from jaxrec.tools.world_model import arrays, rows_by_source
 from tests.jaxrec.explored import choices, widgets_of
 
 SPEC = "kape:tiny"
@@ -66,6 +66,24 @@ def test_without_conflicts_a_world_has_the_text_it_had(this):
     off, on = (resolve_config(f"world_lm:{name}").to_dict() for name in ("no_conflict", "conflict"))
     assert (off["text"].pop("conflicts"), on["text"].pop("conflicts")) == (0, 8000)
     assert off == {**on, "variant": "no_conflict"}
+
+
+def test_each_kind_of_text_has_its_units(this):
+    more = {"conflicts": 30, "conflict_share": 0.4, "unhelpful": 20, "repeats": 10, "prompt_weight": 0.05}
+    tokenizer, domains = this.model.tokenizer, ("facts", "reading", "sums", "catalogue")
+    rows = rows_by_source(this.texts, tokenizer, 20, 10, 160, 0, domains, 3, 8, **more)
+    assert len(rows["tokens"]) == len(rows["unit_away"])
+    found = {}
+    for tokens, away in zip(rows["tokens"], rows["unit_away"], strict=True):
+        found.setdefault("".join("x" if unit else "." for unit in away), []).append(tokenizer.decode(tokens))
+    assert set(found) == {"...xxxxx", "xxx...xx", "xxxxxx..", "........"}
+    for silent, texts in found.items():
+        read = [text for text in texts if "Passage:" in text]
+        summed = [text for text in texts if " plus " in text or " minus " in text]
+        assert bool(read) == (silent in ("xxx...xx", "........"))
+        assert bool(summed) == (silent == "xxxxxx..")
+    with pytest.raises(UsageError, match=r"train\.source_units=17: two sets of so many must fit model\.ffn_dim=32"):
+        world_lm.check(resolve_config("world_lm:tiny_conflict", ["--config.train.source_units=17"]))
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -236,7 +254,7 @@ def test_stages_in_the_wrong_order_and_too_little_to_find(done, tmp_path):
         world_lm.check(resolve_config("world_lm:tiny_conflict", ["--config.text.conflict_share=2.0"]))
     with pytest.raises(UsageError, match=r"text\.unhelpful=-1 must be a count"):
         world_lm.check(resolve_config("world_lm:tiny_conflict", ["--config.text.unhelpful=-1"]))
-    with pytest.raises(UsageError, match=r"train\.mlp_sparsity=0.6 is for models without experts"):
+    with pytest.raises(UsageError, match=r"train\.mlp_sparsity=1.0 is for models without experts"):
         world_lm.check(resolve_config("world_lm:tiny_conflict", ["--config.model.experts=4", "--config.model.top_k=2"]))
     with pytest.raises(UsageError, match=r"world: 9 dialects: must lie between 0 and 6"):
         world_lm.make_texts(resolve_config("world_lm:tiny_conflict", ["--config.world.dialects=9"]))
