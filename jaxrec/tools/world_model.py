@@ -98,7 +98,7 @@ def rows_by_source(
     """Training rows that hold one kind of text each, with "unit_away" bool [B, width]: MLP units that are to be silent.
 
     The first ``units`` are for what is remembered (facts, catalogue, statements), the next ``units`` for reading, the
-    others for all other text. Where both sources can answer (conflicts, unhelpful passages) none has to be silent.
+    others for all other text. Where both sources can answer (conflicts, unhelpful passages) both sets may act.
     more: of :func:`training_rows`.
     """
     place = np.arange(width)
@@ -107,7 +107,7 @@ def rows_by_source(
     both = {name: more.pop(name) for name in ("conflicts", "conflict_share", "unhelpful") if name in more}
     repeats = more.pop("repeats", 0)
     kinds = [(name, (name,), {}, ~own.get(name, ~(remember | read))) for name in domains]
-    kinds += [("both", (), both, place < 0)] if both.get("conflicts") or both.get("unhelpful") else []
+    kinds += [("both", (), both, ~(remember | read))] if both.get("conflicts") or both.get("unhelpful") else []
     kinds += [("repeats", (), {"repeats": repeats}, remember | read)] if repeats else []
     parts = []
     for number, (name, kind, special, away) in enumerate(kinds):
