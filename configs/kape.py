@@ -23,7 +23,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
     c.data = ConfigDict()
     # conflict: fake passages about known facts, by which answer was given; open_closed: known facts without a passage
     # against unknown facts with one, which also finds neurons of the format. This, what is counted, the rate and the
-    # quantiles were chosen on a development seed (10), where "conflict" found nothing that acts.
+    # quantiles were chosen on a development seed (10), where "conflict" found nothing that acts as it should.
     c.data.conditions = "open_closed"
     c.data.counted = "all"  # tokens: answer (its cue too), cue, or all
     c.data.answers = "exact"  # an answer counts if it is greedy decoding's, or likelier: the likelier one of the two

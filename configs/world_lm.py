@@ -107,8 +107,8 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.model.update({"heads": 4, "head_dim": 16, "ffn_dim": 512, "window": 6})
         c.train.update({"steps": 1000, "batch_size": 24})
         # MLP units of each layer that remembering is drawn to, as many for reading, and the weight of the loss that
-        # keeps others silent there: see jaxrec.tools.world_model.rows_by_source. Without it every unit does a little
-        # of everything, and none can be told to serve one source.
+        # keeps others silent there: see jaxrec.tools.world_model.rows_by_source. Without it most units
+        # did a little of everything, and what was found acted on some seeds only.
         c.train.source_units = 128
         c.train.mlp_sparsity = 1.0
         c.text.update({"domains": ("facts", "reading", "sums", "catalogue"), "statements": 9000})

@@ -180,15 +180,19 @@ class Texts:
         texts, asked, told = [], None, []
         for number, subject in enumerate(subjects):
             known = tuple(self._facts_of(subject, split, rng).values()) if self.dialects else self.subjects[subject]
-            order = rng.permutation(len(known))[: rng.integers(2, 4)]
-            stated = [known[i] for i in order]
-            ways = rng.integers(0, 3, len(order))
-            texts.append(f"Passage: {passage(stated, ways, words=self.dialect(rng)).text}\n")
-            told += stated
+            found = self._some(known, 2, rng)
+            texts.append(f"Passage: {found.text}\n")
+            told += found.stated
             if number == gold:
-                asked = stated[rng.integers(len(stated))]
+                asked = found.stated[rng.integers(len(found.stated))]
         out = reading_sample(texts, asked, int(rng.integers(2)))
         return dataclasses.replace(out, answer=out.answer + self._more(told, split, rng))
+
+    def _some(self, known: Sequence[Fact], fewest: int, rng: np.random.Generator) -> Passage:
+        """``fewest`` to three of the facts, drawn, in a drawn dialect."""
+        order = rng.permutation(len(known))[: rng.integers(fewest, 4)]
+        ways = rng.integers(0, 3, len(order))
+        return passage([known[i] for i in order], ways, words=self.dialect(rng))
 
     def _more(self, told: Sequence[Fact], split: str, rng: np.random.Generator) -> str:
         """Up to four further questions about the facts told, with their answers; none outside training."""
@@ -364,10 +368,8 @@ class Texts:
         for at in rng.integers(0, len(self.known), count):
             texts = []
             for i in rng.choice(len(pool), int(rng.integers(1, 3)), replace=False):
-                told = list(self._facts_of(pool[i], "train", rng).values())
-                order = rng.permutation(len(told))[: rng.integers(1, 4)]
-                text = passage([told[j] for j in order], rng.integers(0, 3, len(order)), words=self.dialect(rng)).text
-                texts.append(f"Passage: {text}\n")
+                known = tuple(self._facts_of(pool[i], "train", rng).values())
+                texts.append(f"Passage: {self._some(known, 1, rng).text}\n")
             out.append(reading_sample(texts, self.known[at], int(rng.integers(2))))
         return out
 
