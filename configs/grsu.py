@@ -130,7 +130,8 @@ def _base() -> ConfigDict:
     c.synthesize.long = "drop"  # samples longer than sft.length: drop (and count), or error
 
     c.sft = ConfigDict()
-    c.sft.length = 256  # tokens
+    c.sft.length = 256  # tokens of a sample
+    c.sft.packed = 0  # tokens of a row that holds several samples, apart in their segments; 0: a sample each
     c.sft.steps = 700
     c.sft.batch_size = 32
     c.sft.micro_batches = 1

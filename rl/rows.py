@@ -34,7 +34,16 @@ def encode_rows(
     rows: Sequence[tuple[str, Segments]], tokenizer, eos_id: int, max_len: int
 ) -> tuple[dict[str, np.ndarray], int]:
     """Arrays of (prompt, segments) pairs, as :func:`stack_rows` gives them, and how many rows were longer than
-    ``max_len`` tokens and are left out. Raises ValueError naming the row it cannot encode, and when none fits."""
+    ``max_len`` tokens and are left out. Raises ValueError as :func:`encode_pairs` does."""
+    pairs, dropped = encode_pairs(rows, tokenizer, eos_id, max_len)
+    return stack_rows(pairs), dropped
+
+
+def encode_pairs(
+    rows: Sequence[tuple[str, Segments]], tokenizer, eos_id: int, max_len: int
+) -> tuple[list[tuple[list[int], list[bool]]], int]:
+    """(ids, whether each is learned) of (prompt, segments) pairs, and how many were longer than ``max_len`` tokens and
+    are left out. Raises ValueError naming the row it cannot encode, and when none fits."""
     encoded = []
     for number, (prompt, segments) in enumerate(rows):
         try:
@@ -45,7 +54,7 @@ def encode_rows(
     if not fits:
         shortest = min((len(ids) for ids, _ in encoded), default=0)
         raise ValueError(f"no row of {len(encoded)} fits max_len={max_len}; the shortest has {shortest} tokens")
-    return stack_rows(fits), len(encoded) - len(fits)
+    return fits, len(encoded) - len(fits)
 
 
 def stack_rows(rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> dict[str, np.ndarray]:

@@ -161,6 +161,8 @@ def check(config: Any) -> None:
             raise UsageError(f"{field}={c[part][name]} must not be negative")
     if c.synthesize.long not in ("drop", "error"):
         raise UsageError(f"synthesize.long={c.synthesize.long!r} must be drop or error")
+    if c.sft.packed < 0 or 0 < c.sft.packed < c.sft.length:
+        raise UsageError(f"sft.packed={c.sft.packed} must be 0, or at least sft.length={c.sft.length}")
     if c.rl.steps:
         check_index(c)
     search_config(c, 0)
@@ -325,7 +327,9 @@ def tune(this: Run) -> None:
         return
     rows, model, c = read_instructions(this.folder / "instructions.jsonl"), this.load(this.base), this.config
     end = model.config.eos_ids[0]
-    arrays, long = encode_instructions(rows, model.tokenizer, end, c.sft.length, c.synthesize.long)
+    arrays, long = encode_instructions(
+        rows, model.tokenizer, end, c.sft.length, c.synthesize.long, c.sft.packed, this.seed
+    )
     print(f"sft: {len(rows) - long} rows, {long} left out that are longer than sft.length={c.sft.length}")
     counts = {"rows": len(rows) - long, f"longer than sft.length={c.sft.length}": long}
     write_atomic(this.folder / "sft.json", json.dumps(counts) + "\n")

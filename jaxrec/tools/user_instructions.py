@@ -16,10 +16,11 @@ from rapidfuzz import fuzz, process
 
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue, Instance, Turn
 from jaxrec.data.item_catalogue import ItemCatalogue
+from jaxrec.data.packing import pack
 from jaxrec.tools.conversation import seed_of
 from jaxrec.tools.teacher import Answer, Failure, Sampling, Teacher, ask_text
 from jaxrec.tools.user_prompts import UserPrompts
-from rl.rows import encode_rows
+from rl.rows import encode_pairs, stack_rows
 
 TOO_LONG = ("drop", "error")
 LENGTH, EMPTY, LABEL, OTHER, TWICE = (
@@ -264,23 +265,31 @@ def _name(words: Sequence[str]) -> str:
 
 
 def encode_instructions(
-    rows: Sequence[Instruction], tokenizer: Any, eos_id: int, max_len: int, too_long: str = "drop"
-) -> tuple[dict[str, np.ndarray], int]:
+    rows: Sequence[Instruction], tokenizer: Any, eos_id: int, max_len: int, too_long: str = "drop", packed: int = 0,
+    seed: int = 0,
+) -> tuple[dict[str, np.ndarray], int]:  # fmt: skip
     """Arrays for ``rl.finetune`` ("tokens", "mask", "lengths"), and how many rows are left out, having more than
     ``max_len`` tokens. The completion and the end token behind it are learned, nothing else.
 
     Pieces are turned into tokens apart, as in the search. too_long: "error" raises ValueError for such rows instead.
-    Raises ValueError for another word, and where no row fits.
+    packed: in an order drawn from ``seed``, several rows are put into one of so many tokens, apart in its segments
+    (:func:`jaxrec.data.packing.pack`, "segment_ids" and "positions" in place of "lengths"); 0: a row each. Raises
+    ValueError for another word, for ``packed`` below ``max_len``, and where no row fits.
     """
     if too_long not in TOO_LONG:
         raise ValueError(f"too_long={too_long!r} must be one of {', '.join(TOO_LONG)}")
+    if 0 < packed < max_len:
+        raise ValueError(f"rows of up to max_len={max_len} tokens do not fit into rows of packed={packed}")
     texts = []
     for row in rows:
         context = [("prompt", piece) for piece in row.prompt[1:]]
         texts.append((row.prompt[0], [*context, *(("policy", piece) for piece in row.completion)]))
-    arrays, dropped = encode_rows(texts, tokenizer, eos_id, max_len)
+    pairs, dropped = encode_pairs(texts, tokenizer, eos_id, max_len)
     if dropped and too_long == "error":
         raise ValueError(
             f"{dropped} of {len(rows)} rows have more than max_len={max_len} tokens; raise it or drop them"
         )
-    return arrays, dropped
+    if not packed:
+        return stack_rows(pairs), dropped
+    order = np.random.Generator(np.random.PCG64([seed, 35])).permutation(len(pairs))
+    return pack([pairs[i] for i in order], packed), dropped

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import chex
 import jax
 import numpy as np
 import pytest
@@ -208,6 +211,27 @@ def test_the_loss_is_that_of_completions_whatever_the_padding():
         batch = {name: np.pad(arrays[name], ((0, 0), (0, pad))) for name in ("tokens", "mask")}
         batch["lengths"] = arrays["lengths"]
         assert float(loss_of(model.params, batch)) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_packed_rows_have_the_loss_of_rows_apart():
+    model, mine = tiny_model(), prompts()
+    rows = scoring_rows(INSTANCES[:2], [(), ()], mine, np.random.default_rng(0)).rows
+    rows += critique_rows(INSTANCES[1:2], LISTS[1:2], mine, says(("not dark", "stop"))).rows
+    encode = functools.partial(encode_instructions, rows, model.tokenizer, model.config.eos_ids[0], 64)
+    (apart, _), (packed, dropped) = encode(), encode(packed=160, seed=3)
+    assert dropped == 0
+    assert len(packed["tokens"]) < len(rows) == len(apart["tokens"])
+    sizes = [np.bincount(own)[1:] for own in packed["segment_ids"]]
+    assert sorted(np.concatenate(sizes)) == sorted(apart["lengths"])
+    config = SFTConfig(OptimizerConfig(lr=1e-3))
+    grad = jax.jit(jax.value_and_grad(lambda p, b: sft_loss(p, b, config, model.config, b["mask"].sum())[0]))
+    (loss, own), (other, its) = grad(model.params, packed), grad(model.params, apart)
+    assert float(loss) == pytest.approx(float(other), rel=1e-5)
+    chex.assert_trees_all_close(own, its, atol=1e-5)
+    assert packed["tokens"].tolist() == encode(packed=160, seed=3)[0]["tokens"].tolist()
+    assert packed["tokens"].tolist() != encode(packed=160, seed=4)[0]["tokens"].tolist()
+    with pytest.raises(ValueError, match="max_len=64 tokens do not fit into rows of packed=63"):
+        encode(packed=63)
 
 
 def test_rows_that_are_too_long_are_counted_or_refused():
