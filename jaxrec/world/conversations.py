@@ -3,19 +3,20 @@
 The seeker names some of the attributes of a hidden item, one or two in a turn, and sometimes one that it shall not
 have. All it says is true of the item. The scripted recommender understands every such word, but goes by the last turns
 alone and likes what is popular: what was said before them is forgotten unless somebody says it again. Of a list and a
-critique it keeps what most of the list has in common and what the critique asks for.
+critique it keeps what most of the list has in common and what the critique asks for. It may begin with a hunch of its
+own, and may not let go of what a list has in common: such a conversation leads nowhere, whatever is said in it.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from jaxrec.data.dialogues import SYSTEM, USER, Dialogue, Instance, Turn
 from jaxrec.data.item_catalogue import ItemCatalogue
-from jaxrec.tools.conversation import Ask, Reply
+from jaxrec.tools.conversation import Ask, Reply, seed_of
 from jaxrec.world.generate import World
 
 SAID = ("era", "genre", "mood", "theme", "maker")  # attributes of an item, in the order in which a catalogue shows them
@@ -197,7 +198,9 @@ class RecommenderConfig:
     """k: items of a list. memory: of the seeker's turns, the last ones that are read (0: all). strength: of a wish,
     in units of the logarithm of popularity. heard: probability that a wish is heeded. temperature: of the draw. keep:
     share of a list that must have a value in common for it to be asked of the next one too. kept: probability that it
-    then is."""
+    then is. hunch: probability that a first list is about a value of the recommender's own choice, of an attribute that
+    it has read nothing about. stubborn: share of values, drawn anew for each dialogue, that it does not let go of once
+    a list has them in common: they are asked of the next list whatever else is wanted of that attribute."""
 
     k: int = 10
     memory: int = 1
@@ -206,11 +209,13 @@ class RecommenderConfig:
     temperature: float = 0.4
     keep: float = 0.6
     kept: float = 0.5
+    hunch: float = 0.0
+    stubborn: float = 0.0
 
     def __post_init__(self):
         if self.k < 1 or self.memory < 0 or self.strength < 0 or self.temperature < 0:
             raise ValueError(f"k must be at least 1; memory, strength and temperature must not be negative: {self}")
-        for name in ("heard", "keep", "kept"):
+        for name in ("heard", "keep", "kept", "hunch", "stubborn"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
@@ -233,10 +238,9 @@ class WorldRecommender:
         rng = np.random.Generator(np.random.PCG64([ask.seed, 23]))
         heeded = dict.fromkeys(talks.stated(ask.dialogue, c.memory), c.heard)
         if ask.shown:
-            heeded |= dict.fromkeys(talks.understand(ask.critique), c.heard)
-            taken = {wish.attribute for wish in heeded if wish.wanted}
-            common = [wish for wish in talks.common(ask.shown, c.keep) if wish.attribute not in taken]
-            heeded |= dict.fromkeys(common, c.kept)
+            heeded = self._revised(ask, heeded | dict.fromkeys(talks.understand(ask.critique), c.heard))
+        elif rng.integers(0, 10_000) < round(10_000 * c.hunch):
+            heeded |= dict.fromkeys(self._hunch(heeded, rng), 1.0)
         score = talks.popularity + c.temperature * rng.gumbel(size=len(talks.catalogue))
         for (wish, share), draw in zip(heeded.items(), rng.random(len(heeded)), strict=True):
             if draw < share:
@@ -245,3 +249,23 @@ class WorldRecommender:
         best = np.argpartition(-score, c.k - 1)[: c.k] if c.k < len(score) else np.arange(len(score))
         items = tuple(int(i) for i in best[np.argsort(-score[best], kind="stable")])
         return Reply(items, talks.catalogue.listing(items))
+
+    def _revised(self, ask: Ask, heeded: dict[Wish, float]) -> dict[Wish, float]:
+        """What the next list goes by, with probabilities: what is said, and what the last list has in common."""
+        c, talks = self.config, self.talks
+        common = talks.common(ask.shown, c.keep)
+        fixed = [w for w in common if seed_of("stubborn", ask.dialogue.id, w.attribute, w.value) < c.stubborn * 2**31]
+        closed = {wish.attribute for wish in fixed}
+        out = {wish: share for wish, share in heeded.items() if wish.attribute not in closed}
+        taken = closed | {wish.attribute for wish in out if wish.wanted}
+        out |= dict.fromkeys((wish for wish in common if wish.attribute not in taken), c.kept)
+        return out | dict.fromkeys(fixed, 1.0)
+
+    def _hunch(self, heeded: Iterable[Wish], rng: np.random.Generator) -> list[Wish]:
+        """A wish of the recommender's own about an attribute that it has read nothing about, if there is one."""
+        free = [name for name in SAID if name not in {wish.attribute for wish in heeded}]
+        if not free:
+            return []
+        name = free[rng.integers(len(free))]
+        values = self.talks.world.values[name]
+        return [Wish(name, values[rng.integers(len(values))])]

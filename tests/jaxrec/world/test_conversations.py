@@ -98,6 +98,47 @@ def test_what_a_list_has_in_common_is_kept_as_often_as_asked(talks, kept, low, h
         RecommenderConfig(kept=2)
 
 
+def shares(talks, wish, replies):
+    return np.array([np.mean(talks.fits(wish)[list(reply.items)]) for reply in replies])
+
+
+@pytest.mark.parametrize("stubborn", [0.0, 0.5, 1.0])
+def test_a_stubborn_recommender_does_not_let_go_of_some_values(talks, stubborn):
+    """Of 60 dialogues, in the share that it is stubborn in, whatever the draw; other wishes are heeded all the same."""
+    recommender = WorldRecommender(talks, RecommenderConfig(heard=1.0, stubborn=stubborn))
+    old, new = (Wish("mood", value) for value in talks.world.values["mood"][:2])
+    shown = tuple(map(int, np.flatnonzero(talks.fits(old))[:10]))
+    dialogues = [Dialogue(f"d{number}", (Turn(USER, "Hm."),)) for number in range(60)]
+    found = []
+    for seed in (1, 2):
+        replies = recommender.recommend([Ask(d, shown, f"I want {new.words}.", shown, seed) for d in dialogues])
+        held, heeded = (shares(talks, wish, replies) > 0.8 for wish in (old, new))
+        assert np.all(held != heeded)
+        found.append(held)
+    np.testing.assert_array_equal(*found)
+    assert abs(found[0].mean() - stubborn) < 0.2
+    other = Wish("genre", talks.world.values["genre"][0])
+    replies = recommender.recommend([Ask(d, shown, f"I want {other.words}.", shown, 1) for d in dialogues])
+    assert np.all(shares(talks, other, replies) > 0.8)
+    with pytest.raises(ValueError, match="stubborn=2"):
+        RecommenderConfig(stubborn=2)
+
+
+def test_a_hunch_is_about_what_was_not_read(talks):
+    wish = Wish("mood", talks.world.values["mood"][0])
+    asks = [Ask(Dialogue("d", (Turn(USER, f"I want {wish.words}."),)), seed=seed) for seed in range(60)]
+    for hunch in (0.0, 1.0):
+        replies = WorldRecommender(talks, RecommenderConfig(heard=1.0, hunch=hunch)).recommend(asks)
+        common = [talks.common(reply.items, 0.8) for reply in replies]
+        assert np.mean(shares(talks, wish, replies)) > 0.8
+        others = [[w for w in own if w.attribute != "mood"] for own in common]
+        share = np.mean([len(own) >= 1 for own in others])  # a maker of few items does not fill a list
+        assert share > 0.6 if hunch else share < 0.1
+    assert len({w.attribute for own in others for w in own}) == len(SAID) - 1
+    whole = Ask(Dialogue("d", (Turn(USER, " ".join(f"I want {Wish(n, talks.value(n, 0)).words}." for n in SAID)),)))
+    assert WorldRecommender(talks, RecommenderConfig(heard=1.0, memory=0, hunch=1.0)).recommend([whole])[0].items
+
+
 def test_a_recommender_that_remembers_all_meets_every_wish(talks):
     all_turns = WorldRecommender(talks, RecommenderConfig(memory=0, heard=1.0, temperature=0.0))
     hits = [i.labels[0] in all_turns.recommend([Ask(i.dialogue)])[0].items for i in talks.sample("test", 60)]
