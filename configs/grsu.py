@@ -71,6 +71,11 @@ def _base() -> ConfigDict:
     c.recommender.world.temperature = 0.4  # of the draw
     c.recommender.world.keep = 0.6  # share of a list with a value in common from which it is asked of the next ...
     c.recommender.world.kept = 0.5  # ... and the probability that it then is
+    # Conversations that lead nowhere: the probability that a first list follows a value of the recommender's own choice
+    # and the share of values, drawn for each dialogue, that it does not let go of once a list has them in common.
+    # Without them a single beam finds as much as several.
+    c.recommender.world.hunch = 0.8
+    c.recommender.world.stubborn = 0.8
     c.recommender.index = ConfigDict()  # the search over all items that retrieval, policy and stage rl ask
     c.recommender.index.encoder = ""  # Hugging Face folder of a BERT-family encoder; "" is BM25
     c.recommender.index.instruction = ""  # encoder: put before every query
@@ -124,6 +129,7 @@ def _base() -> ConfigDict:
 
     c.synthesize = ConfigDict()  # instruction data
     c.synthesize.hard = 0.5  # share of items to decline that the recommender proposed in that dialogue, in any round
+    c.synthesize.closest = 0  # of these, the ones that share most attribute values with the label; 0: any
     c.synthesize.rounds = 3  # lists of a dialogue: the first, and those that follow the teacher's critiques
     c.synthesize.scores = 3  # times that every label is asked about, each with another item to decline
     c.synthesize.critiques = 1  # of each list

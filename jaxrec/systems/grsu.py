@@ -159,6 +159,8 @@ def check(config: Any) -> None:
         part, _, name = field.partition(".")
         if c[part][name] < 0:
             raise UsageError(f"{field}={c[part][name]} must not be negative")
+    if c.synthesize.closest < 0:
+        raise UsageError(f"synthesize.closest={c.synthesize.closest} must not be negative")
     if c.synthesize.long not in ("drop", "error"):
         raise UsageError(f"synthesize.long={c.synthesize.long!r} must be drop or error")
     if c.sft.packed < 0 or 0 < c.sft.packed < c.sft.length:
@@ -216,7 +218,7 @@ def synthesize(this: Run) -> list[Instruction]:
     rounds, critiques = propose(this, instances, prompts, rng)
     check_critiques(_total(made.dropped for made in critiques), sum(len(made.rows) for made in critiques))
     proposed = [[item for lists in rounds for item in lists[i]] for i in range(len(instances))]
-    scores = [scoring_rows(instances, proposed, prompts, rng, s.hard) for _ in range(s.scores)]
+    scores = [scoring_rows(instances, proposed, prompts, rng, s.hard, s.closest) for _ in range(s.scores)]
     rows = [row for made in (*scores, *critiques) for row in made.rows]
     counts = {
         "instances": {part: len(own) for part, own in this.task.parts.items()},

@@ -63,21 +63,24 @@ class Instructions:
 
 def scoring_rows(
     instances: Sequence[Instance], recommended: Sequence[Sequence[int]], prompts: UserPrompts,
-    rng: np.random.Generator, hard: float = 0.5,
+    rng: np.random.Generator, hard: float = 0.5, closest: int = 0,
 ) -> Instructions:  # fmt: skip
     """A decision for each label, and one against another item for each: as many of the one as of the other.
 
     recommended: for each instance, items that a recommender gave for its dialogue; with probability ``hard`` the other
-    item is one of these, else (and where none is left) any of the catalogue. It is never a label, nor an item that
-    the dialogue names, nor the same twice for one instance. A label without such an item is left out and counted
-    twice, for its two rows.
+    item is one of these, else (and where none is left) any of the catalogue. closest: it is then one of so many that
+    share most attribute values with the label, which is what a search has to tell apart at last; 0: any. It is never a
+    label, nor an item that the dialogue names, nor the same twice for one instance. A label without such an item is
+    left out and counted twice, for its two rows.
     """
     rows: list[Instruction] = []
     missing = 0
     for instance, given in zip(instances, recommended, strict=True):
         refused: list[int] = []
         for label in instance.labels:
-            other = _other(instance, refused, given, len(prompts.catalogue), rng, hard)
+            taken = {*instance.labels, *instance.dialogue.items, *refused}
+            near = [item for item in dict.fromkeys(given) if item not in taken]
+            other = _other(taken, nearest(near, label, prompts.catalogue, closest), len(prompts.catalogue), rng, hard)
             if other is None:
                 missing += 2
                 continue
@@ -88,11 +91,17 @@ def scoring_rows(
     return Instructions(rows, {NO_NEGATIVE: missing} if missing else {})
 
 
-def _other(
-    instance: Instance, refused: Sequence[int], given: Sequence[int], count: int, rng: np.random.Generator, hard: float
-) -> int | None:
-    taken = {*instance.labels, *instance.dialogue.items, *refused}
-    near = [item for item in dict.fromkeys(given) if item not in taken]
+def nearest(items: Sequence[int], label: int, catalogue: ItemCatalogue, count: int) -> list[int]:
+    """The ``count`` items that share most attribute values with another, in the order given where they share as many;
+    all with 0."""
+    if not count:
+        return list(items)
+    values = [{(name, v) for name, own in catalogue.attributes[i].items() for v in own} for i in (label, *items)]
+    shared = [len(values[0] & own) for own in values[1:]]
+    return [items[at] for at in sorted(range(len(items)), key=shared.__getitem__, reverse=True)[:count]]
+
+
+def _other(taken: set[int], near: Sequence[int], count: int, rng: np.random.Generator, hard: float) -> int | None:
     if near and rng.random() < hard:
         return near[rng.integers(len(near))]
     return _any(taken, count, rng)

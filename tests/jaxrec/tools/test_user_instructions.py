@@ -22,11 +22,13 @@ from jaxrec.tools.user_instructions import (
     LENGTH,
     OTHER,
     TWICE,
+    Instruction,
     TitleFinder,
     annotation_prompt,
     critique_lists,
     critique_rows,
     encode_instructions,
+    nearest,
     scoring_rows,
 )
 from jaxrec.tools.user_prompts import UserPrompts
@@ -211,6 +213,26 @@ def test_the_loss_is_that_of_completions_whatever_the_padding():
         batch = {name: np.pad(arrays[name], ((0, 0), (0, pad))) for name in ("tokens", "mask")}
         batch["lengths"] = arrays["lengths"]
         assert float(loss_of(model.params, batch)) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_the_closest_of_what_was_recommended_are_declined():
+    """Items 3 and 6 share the label's era, 4 its genre, the others nothing."""
+    instance, others = Instance(DIALOGUES[0], (0,)), list(range(1, len(TITLES)))
+    assert nearest(others[::-1], 0, CATALOGUE, 3) == [6, 4, 3]
+    assert nearest(others, 0, CATALOGUE, 4) == [3, 4, 6, 1]
+    assert nearest(others, 0, CATALOGUE, 0) == others
+    mine = prompts("full")
+    for closest, wanted in ((3, [3, 4, 6]), (0, others)):
+        drawn = {
+            scoring_rows([instance], [others], mine, np.random.default_rng(seed), 1.0, closest).rows[1]
+            for seed in range(200)
+        }
+        assert drawn == {
+            Instruction(
+                mine.score_prompt(instance.dialogue, i)[:2], (mine.score_prompt(instance.dialogue, i)[2], " No")
+            )
+            for i in wanted
+        }
 
 
 def test_packed_rows_have_the_loss_of_rows_apart():
