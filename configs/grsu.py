@@ -36,7 +36,7 @@ def _base() -> ConfigDict:
     c.data.train = ""  # dialogues
     c.data.test = ""
     c.data.catalogue = ""  # items with attributes, where the form keeps them apart
-    c.data.train_dialogues = 2400  # instances; 0: all of a file
+    c.data.train_dialogues = 6000  # instances; 0: all of a file
     c.data.valid_dialogues = 100  # for what is chosen, and for the AUC that is printed while training
     c.data.test_dialogues = 160
     c.data.only_new = True  # leave out turns that recommend what was named before
@@ -128,18 +128,18 @@ def _base() -> ConfigDict:
     c.prompts.attribute_chars = 400  # of each attribute of an item (a plot, its actors), the rest is "..."; 0: all
 
     c.synthesize = ConfigDict()  # instruction data
-    c.synthesize.hard = 0.5  # share of items to decline that the recommender proposed in that dialogue, in any round
-    c.synthesize.closest = 0  # of these, the ones that share most attribute values with the label; 0: any
+    c.synthesize.hard = 0.9  # share of items to decline that the recommender proposed in that dialogue, in any round
+    c.synthesize.closest = 6  # of these, the ones that share most attribute values with the label; 0: any
     c.synthesize.rounds = 3  # lists of a dialogue: the first, and those that follow the teacher's critiques
-    c.synthesize.scores = 3  # times that every label is asked about, each with another item to decline
+    c.synthesize.scores = 6  # times that every label is asked about, each with another item to decline
     c.synthesize.critiques = 1  # of each list
     c.synthesize.long = "drop"  # samples longer than sft.length: drop (and count), or error
 
     c.sft = ConfigDict()
-    c.sft.length = 256  # tokens of a sample
-    c.sft.packed = 0  # tokens of a row that holds several samples, apart in their segments; 0: a sample each
-    c.sft.steps = 700
-    c.sft.batch_size = 32
+    c.sft.length = 192  # tokens of a sample
+    c.sft.packed = 192  # tokens of a row that holds several samples, apart in their segments; 0: a sample each
+    c.sft.steps = 1000
+    c.sft.batch_size = 24
     c.sft.micro_batches = 1
     c.sft.lr = 2e-3
     c.sft.warmup = 12
@@ -210,7 +210,7 @@ def get_config(variant: str = "demo") -> ConfigDict:
     if variant == "tiny":  # seconds: for tests
         c.model.base = "world_lm:tiny_talker"
         c.data.update({"train_dialogues": 24, "valid_dialogues": 4, "test_dialogues": 4})
-        c.sft.update({"steps": 2, "batch_size": 4, "warmup": 1, "length": 512})
+        c.sft.update({"steps": 2, "batch_size": 4, "warmup": 1, "length": 512, "packed": 512})
         c.search.update({"beams": 2, "depth": 2, "expand": 2, "max_new": 8, "batch": 4})
         c.recommender.k = 3
         c.rl.update({"steps": 2, "cold_steps": 2, "group_size": 2, "prompts_per_step": 2, "save_every": 1})
@@ -223,8 +223,10 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.recommender.retrieval.turns = 2
         c.recommender.policy.max_new = 48
         c.prompts.style = "full"
-        c.synthesize.update({"rounds": 1, "scores": 1})
-        c.sft.update({"length": 3072, "steps": 500, "batch_size": 32, "micro_batches": 8, "lr": 1e-6, "warmup": 50})
+        c.synthesize.update({"rounds": 1, "scores": 1, "hard": 0.5, "closest": 0})
+        c.sft.update(
+            {"length": 3072, "packed": 0, "steps": 500, "batch_size": 32, "micro_batches": 8, "lr": 1e-6, "warmup": 50}
+        )
         c.search.update({"max_new": 256, "batch": 4})
         c.rl.update({"max_prompt": 1536, "max_total": 3072, "max_new": 48, "lr": 1e-6, "cold_lr": 1e-5, "turns": 8})
     if variant == "paper":
