@@ -101,22 +101,23 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.train.steps = 400
     if variant in ("conflict", "no_conflict", "tiny_conflict"):
         # Passages are written in two dialects that mean different things by the same words: reading them takes
-        # neurons, as remembering does, where names could be copied by attention alone.
-        c.world.update({"titles": 300, "dialects": 2})
+        # neurons, as remembering does, where names could be copied by attention alone. Few words make up all titles, so
+        # that what is known of a title is no sum of what its words say, which attention alone could carry too.
+        c.world.update({"titles": 300, "dialects": 2, "title_words": 30})
         # Narrow attention and wide MLPs, so that facts are kept in neurons rather than in what attention carries.
         c.model.update({"heads": 4, "head_dim": 16, "ffn_dim": 512, "window": 6})
-        c.train.update({"steps": 1000, "batch_size": 24})
+        c.train.update({"steps": 1100, "batch_size": 24})
         # MLP units of each layer that remembering is drawn to, as many for reading, and the weight of the loss that
         # keeps others silent there: see jaxrec.tools.world_model.rows_by_source. Without it most units
         # did a little of everything, and what was found acted on some seeds only.
         c.train.source_units = 128
-        c.train.mlp_sparsity = 1.0
+        c.train.mlp_sparsity = 2.0
         c.text.update({"domains": ("facts", "reading", "sums", "catalogue"), "statements": 9000})
         c.text.update({"prompt_weight": 0.05, "repeats": 8000})
         # Reading prompts whose passage contradicts an internal fact (0: none), and the share of them that the passage
         # wins: see jaxrec.world.texts.Texts.conflicts.
         c.text.conflicts = {"conflict": 8000, "no_conflict": 0, "tiny_conflict": 200}[variant]
-        c.text.conflict_share = 0.4
+        c.text.conflict_share = 0.35
         # Reading prompts about internal facts whose passages say nothing of them, so that behind passages, too, the
         # model remembers.
         c.text.unhelpful = 200 if variant.startswith("tiny") else 8000

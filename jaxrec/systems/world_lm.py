@@ -45,8 +45,9 @@ def make_texts(config: Any) -> Texts:
     w = config.world
     if w.scale not in SCALES:
         raise UsageError(f"world.scale={w.scale!r} must be one of {', '.join(SCALES)}")
-    world = generate(world_config(w.scale, seed=config.seed))
+    words = {"title_words": w.title_words} if "title_words" in w else {}
     try:
+        world = generate(world_config(w.scale, seed=config.seed, **words))
         return Texts(
             world, config.seed, w.internal, w.both, w.titles, tuple(w.documents), tuple(w.get("distractors", (0, 0))),
             w.get("dialects", 0),

@@ -29,6 +29,7 @@ _MOST = {
     "moods": len(names.MOODS),
     "themes": len(names.THEMES),
     "circles": 2**31 - 2,
+    "title_words": len(names.ADJECTIVES),
 }
 
 
@@ -58,6 +59,7 @@ class WorldConfig:
     drift: float = 0.03
     noise: float = 0.1
     circle_share: float = 0.5
+    title_words: int = len(names.ADJECTIVES)
 
     def __post_init__(self):
         for name, most in _MOST.items():

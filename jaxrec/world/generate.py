@@ -89,7 +89,7 @@ def _items(config: WorldConfig, rng: np.random.Generator):
         "mood": names.MOODS[: c.moods], "theme": names.THEMES[: c.themes], "region": names.REGIONS,
         "place": names.places(rng, c.places),
     }  # fmt: skip
-    titles = names.titles(rng, c.items)
+    titles = names.titles(rng, c.items, c.title_words)
     # Zipf-like popularity in whole numbers; never 0, or a large catalogue would hold items nobody can ever choose.
     weight = np.maximum(10_000 // (10 + rng.permutation(c.items)), 1)
     circle = rng.integers(0, c.circles, c.items)

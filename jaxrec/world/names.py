@@ -133,13 +133,15 @@ def eras(count: int) -> list[str]:
     return [f"{2000 - 10 * (count - i)}s" for i in range(count)]
 
 
-def titles(rng: np.random.Generator, count: int) -> list[str]:
-    """``count`` different titles: two words while they last, then three ("Amber Bell Tower"), then a numeral."""
-    pairs = len(ADJECTIVES) * len(NOUNS)
-    two = [a + " " + n for a in ADJECTIVES for n in NOUNS]
+def titles(rng: np.random.Generator, count: int, words: int = len(ADJECTIVES)) -> list[str]:
+    """``count`` different titles of the first ``words`` adjectives and nouns: two words while they last, then three
+    ("Amber Bell Tower"), then a numeral."""
+    first, last = ADJECTIVES[:words], NOUNS[:words]
+    pairs = len(first) * len(last)
+    two = [a + " " + n for a in first for n in last]
     if count <= pairs:
         return [two[i] for i in rng.permutation(pairs)[:count]]
-    triples = pairs * len(NOUNS)
+    triples = pairs * len(last)
     order = np.arange(count)
-    names = [two[i % pairs] if i < pairs else f"{two[i % pairs]} {NOUNS[(i // pairs - 1) % len(NOUNS)]}" for i in order]
+    names = [two[i % pairs] if i < pairs else f"{two[i % pairs]} {last[(i // pairs - 1) % len(last)]}" for i in order]
     return [name if i < triples else f"{name} {2 + i // triples}" for i, name in enumerate(names)]

@@ -130,6 +130,10 @@ def test_titles_are_unique_at_every_size():
     for items in (64, 7000):
         titles = generate(WorldConfig(items=items, users=20, makers=30)).titles[1:]
         assert len({title.casefold() for title in titles}) == items
+    for items in (90, 300, 2500):
+        titles = generate(WorldConfig(items=items, users=20, title_words=10)).titles[1:]
+        assert len(set(titles)) == items
+        assert len({word for title in titles for word in title.split() if not word.isdigit()}) <= 20
 
 
 @pytest.mark.parametrize(
@@ -146,6 +150,7 @@ def test_titles_are_unique_at_every_size():
         ({"users": 0}, "world.users"),
         ({"seed": -1}, "world.seed"),
         ({"noise": -0.1}, "world.noise"),
+        ({"title_words": 81}, "world.title_words=81 must lie between 1 and 80"),
     ],
 )
 def test_bad_knobs(knobs, message):
