@@ -96,6 +96,8 @@ class Texts:
         for name, found in (("internal facts", self.known), ("external items", self.readable["test"])):
             if not found:
                 raise ValueError(f"the world has no {name}: raise items or change the share of internal facts")
+        if (dialects or any(distractors)) and not self.names["train"]:
+            raise ValueError("titles are all pairs of their words, so none is left to make up: raise title_words")
 
     @functools.cached_property
     def words(self) -> tuple[str, ...]:
@@ -254,11 +256,6 @@ class Texts:
         firsts, lasts = (sorted({w[i] for w in words}) for i in (0, -1))
         real = set(self.world.titles[1:])
         made = [name for first in firsts for last in lasts if (name := f"{first} {last}") not in real]
-        if not made:
-            raise ValueError(
-                f"the world's {len(real)} titles are all pairs of their words: no name is left to make up; raise "
-                "title_words, or have fewer items"
-            )
         return {"train": made, "test": self.readable["test"]}
 
     @functools.cached_property

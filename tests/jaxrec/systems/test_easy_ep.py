@@ -186,6 +186,8 @@ def test_a_base_model_is_made_once_per_config_and_seed():
         world_lm.make_texts(resolve_config("world_lm:tiny", ["--config.world.scale=small"]))
     with pytest.raises(UsageError, match=r"world\.title_words=0 must lie between 1 and 80"):
         world_lm.make_texts(resolve_config("world_lm:tiny_conflict", ["--config.world.title_words=0"]))
+    with pytest.raises(UsageError, match=r"none is left to make up: raise title_words"):
+        world_lm.make_texts(resolve_config("world_lm:tiny_conflict", ["--config.world.title_words=8"]))
 
 
 def test_a_killed_training_goes_on_bit_for_bit(tmp_path):

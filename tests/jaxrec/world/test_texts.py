@@ -219,3 +219,15 @@ def test_unhelpful_passages_are_about_others(world):
         assert s.answer.strip() in {f.object for f in asked}
         assert not any(f.subject in passages for f in asked)
         assert 1 <= passages.count("Passage:") <= 2
+
+
+def test_a_world_without_pairs_of_words_to_spare_makes_up_no_names():
+    """As one of more items than there are pairs of words: only texts that make up names need such pairs."""
+    world = generate(world_config("tiny", title_words=8))
+    texts = Texts(world, titles=40)
+    assert texts.names["train"] == []
+    assert texts.unhelpful(np.random.default_rng(0), 0) == []
+    assert texts.sample("reading", "train", np.random.default_rng(0), 3)
+    for more in ({"dialects": 2}, {"distractors": (1, 1)}):
+        with pytest.raises(ValueError, match="none is left to make up: raise title_words"):
+            Texts(world, titles=40, **more)
