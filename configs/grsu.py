@@ -73,7 +73,7 @@ def _base() -> ConfigDict:
     c.recommender.world.kept = 0.5  # ... and the probability that it then is
     # Conversations that lead nowhere: the probability that a first list follows a value of the recommender's own choice
     # and the share of values, drawn for each dialogue, that it does not let go of once a list has them in common.
-    # Without them a single beam finds as much as several.
+    # Without them a single beam finds about as much as several.
     c.recommender.world.hunch = 0.8
     c.recommender.world.stubborn = 0.8
     c.recommender.index = ConfigDict()  # the search over all items that retrieval, policy and stage rl ask
@@ -138,7 +138,7 @@ def _base() -> ConfigDict:
     c.sft = ConfigDict()
     c.sft.length = 192  # tokens of a sample
     c.sft.packed = 192  # tokens of a row that holds several samples, apart in their segments; 0: a sample each
-    c.sft.steps = 1600  # with 1000 one seed in two had hardly begun to tell near misses apart
+    c.sft.steps = 1600
     c.sft.batch_size = 24
     c.sft.micro_batches = 1
     c.sft.lr = 2e-3
