@@ -254,8 +254,9 @@ def test_stages_in_the_wrong_order_and_too_little_to_find(done, tmp_path):
         world_lm.check(resolve_config("world_lm:tiny_conflict", ["--config.text.conflict_share=2.0"]))
     with pytest.raises(UsageError, match=r"text\.unhelpful=-1 must be a count"):
         world_lm.check(resolve_config("world_lm:tiny_conflict", ["--config.text.unhelpful=-1"]))
-    with pytest.raises(UsageError, match=r"train\.mlp_sparsity=1.0 is for models without experts"):
-        world_lm.check(resolve_config("world_lm:tiny_conflict", ["--config.model.experts=4", "--config.model.top_k=2"]))
+    flags = ["--config.model.experts=4", "--config.model.top_k=2", "--config.train.mlp_sparsity=0.5"]
+    with pytest.raises(UsageError, match=r"train\.mlp_sparsity=0.5 is for models without experts"):
+        world_lm.check(resolve_config("world_lm:tiny_conflict", flags))
     with pytest.raises(UsageError, match=r"world: 9 dialects: must lie between 0 and 6"):
         world_lm.make_texts(resolve_config("world_lm:tiny_conflict", ["--config.world.dialects=9"]))
 
