@@ -155,12 +155,10 @@ def check(config: Any) -> None:
         if c.synthesize[name] < 1:
             raise UsageError(f"synthesize.{name}={c.synthesize[name]} must be at least 1")
     for field in ("data.train_dialogues", "data.valid_dialogues", "data.test_dialogues", "prompts.turns",
-                  "prompts.attribute_chars", "rl.turns"):  # fmt: skip
+                  "prompts.attribute_chars", "synthesize.closest", "rl.turns"):  # fmt: skip
         part, _, name = field.partition(".")
         if c[part][name] < 0:
             raise UsageError(f"{field}={c[part][name]} must not be negative")
-    if c.synthesize.closest < 0:
-        raise UsageError(f"synthesize.closest={c.synthesize.closest} must not be negative")
     if c.synthesize.long not in ("drop", "error"):
         raise UsageError(f"synthesize.long={c.synthesize.long!r} must be drop or error")
     if c.sft.packed < 0 or 0 < c.sft.packed < c.sft.length:

@@ -41,6 +41,7 @@ class WorldConfig:
     intent_share: probability that an event follows the user's rule. rules: what intents there are; each user has one.
     drift: probability per event that a user changes rule. noise: probability that an event is drawn by popularity
     alone. circle_share: among taste events, those drawn from the user's circle of items, which no word describes.
+    title_words: adjectives that titles are made of, and as many nouns; with few, a word says little about an item.
     """
 
     seed: int = 0

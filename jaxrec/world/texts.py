@@ -68,7 +68,8 @@ class Texts:
     """Samples of one world. internal, both: see :func:`jaxrec.world.encyclopaedia.facts`. titles: how many items
     may have internal facts (0: all), those of the others are external. documents: (fewest, most) passages of a reading
     prompt. distractors: most passages about its subject and about similarly named ones; (0, 0): no such ones.
-    dialects: in how many of them passages are written; 0: they call every value by its name. See :attr:`dialects`."""
+    dialects: in how many of them passages are written; 0: they call every value by its name. See :attr:`dialects`.
+    Raises ValueError for a world without such facts, and where names are made up and none is left to make up."""
 
     def __init__(
         self, world: World, seed: int = 0, internal: float = 0.5, both: float = 0.2, titles: int = 0,
