@@ -1,8 +1,8 @@
 """Scores of a level of the search over conversations: all items in one call beside one call for each item.
 
-    python tests/bench/user_scores.py [--quick] [--dialogues 16] [--items 40] [--alone 40] [--repeats 3]
+    python tests/bench/user_scores.py [--quick] [--size 10M] [--dialogues 16] [--items 40] [--alone 40] [--repeats 3]
 
-A random 10M model in float32; dialogues of 8 turns of 20 drawn words, items of five attributes and a plot of 15 words.
+A random model in float32; dialogues of 8 turns of 20 drawn words, items of five attributes and a plot of 15 words.
 ``batched``: ``ModelUser.score`` for all dialogues. ``one call each``: the same with one item in a call. ``bare``: a
 compiled forward pass over one prompt, padded to a common length, which reads the decision too. ``generated``: a greedy
 reply of 12 tokens to one prompt, which is what is asked of a server that forces no tokens. The last three get a sample
@@ -28,7 +28,7 @@ _spec.loader.exec_module(bench)
 _REPLY = 12  # tokens of "1. <title>? Yes"
 
 
-def setting(style: str, dialogues: int, items: int):
+def setting(style: str, size: str, dialogues: int, items: int):
     """(model, prompts, dialogues, items of each)."""
     import jax
 
@@ -52,14 +52,14 @@ def setting(style: str, dialogues: int, items: int):
     pieces = dict.fromkeys(word for part in bare.score_prompt(talks[0], 0) for word in part.split())
     phrases = [form for word in [*pieces, *words] for form in (word, f" {word}")]
     tokenizer = models.build_word_tokenizer([*phrases, " Yes", " No"])
-    sizes = {**bench.decode.SIZES["10M"], "vocab_size": max(tokenizer.vocab_size, 8192)}
+    sizes = {**bench.decode.SIZES[size], "vocab_size": max(tokenizer.vocab_size, 8192)}
     config = models.Config(**sizes, qk_norm=True)
     model = Model(config, models.init(config, jax.random.key(0)), tokenizer)
     own = [list(range(d * items, (d + 1) * items)) for d in range(dialogues)]
     return model, UserPrompts(catalogue, style, tokenizer=tokenizer), talks, own
 
 
-def compare(style: str, dialogues: int, items: int, alone: int, repeats: int) -> list[dict]:
+def compare(style: str, size: str, dialogues: int, items: int, alone: int, repeats: int) -> list[dict]:
     """A row for each side. alone: prompts of the sides that take one at a time."""
     import jax
     import jax.numpy as jnp
@@ -69,7 +69,7 @@ def compare(style: str, dialogues: int, items: int, alone: int, repeats: int) ->
     from jaxrec.tools.user_prompts import spellings
     from models.sample import bucket
 
-    model, prompts, talks, own = setting(style, dialogues, items)
+    model, prompts, talks, own = setting(style, size, dialogues, items)
     user = ModelUser(model, prompts)
     rows = [
         [i for piece in prompts.score_prompt(talk, item) for i in model.tokenizer.encode(piece)]
@@ -111,8 +111,9 @@ def compare(style: str, dialogues: int, items: int, alone: int, repeats: int) ->
         "batched": lambda: np.concatenate(user.score(talks, own)), "one call each": one_call_each,
         "bare": bare, "generated": generated,
     }  # fmt: skip
-    np.testing.assert_allclose(calls["batched"]()[:: len(rows) // len(some)][: len(some)], bare(), atol=1e-5)
-    np.testing.assert_allclose(one_call_each(), bare(), atol=1e-5)
+    close = 1e-5 if jax.default_backend() == "cpu" else 5e-3  # elsewhere float32 products are rounded on the way
+    np.testing.assert_allclose(calls["batched"]()[:: len(rows) // len(some)][: len(some)], bare(), atol=close)
+    np.testing.assert_allclose(one_call_each(), bare(), atol=close)
     generated()
     best = {name: [float("inf")] * 2 for name in calls}
     for _ in range(repeats):
@@ -135,6 +136,7 @@ def compare(style: str, dialogues: int, items: int, alone: int, repeats: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 dialogues of 5 items, one repeat")
+    parser.add_argument("--size", choices=["10M", "100M"], default="10M")
     parser.add_argument("--dialogues", type=int, default=16)
     parser.add_argument("--items", type=int, default=40)
     parser.add_argument("--alone", type=int, default=40, help="prompts that are run one at a time")
@@ -143,7 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     sizes = (2, 5, 5, 1) if given.quick else (given.dialogues, given.items, given.alone, given.repeats)
-    table = [row for style in given.styles for row in compare(style, *sizes)]
+    table = [row for style in given.styles for row in compare(style, given.size, *sizes)]
     bench.show("scores", table)
     if given.out:
         given.out.write_text(json.dumps(table, indent=1) + "\n")
