@@ -138,7 +138,8 @@ def _base() -> ConfigDict:
     c.sft = ConfigDict()
     c.sft.length = 192  # tokens of a sample
     c.sft.packed = 192  # tokens of a row that holds several samples, apart in their segments; 0: a sample each
-    c.sft.steps = 1600
+    c.sft.weigh = "row"  # a decision counts as much as a critique; or token: every learned token does
+    c.sft.steps = 600
     c.sft.batch_size = 24
     c.sft.micro_batches = 1
     c.sft.lr = 2e-3
@@ -224,9 +225,8 @@ def get_config(variant: str = "demo") -> ConfigDict:
         c.recommender.policy.max_new = 48
         c.prompts.style = "full"
         c.synthesize.update({"rounds": 1, "scores": 1, "hard": 0.5, "closest": 0})
-        c.sft.update(
-            {"length": 3072, "packed": 0, "steps": 500, "batch_size": 32, "micro_batches": 8, "lr": 1e-6, "warmup": 50}
-        )
+        c.sft.update({"length": 3072, "packed": 0, "weigh": "token", "steps": 500})
+        c.sft.update({"batch_size": 32, "micro_batches": 8, "lr": 1e-6, "warmup": 50})
         c.search.update({"max_new": 256, "batch": 4})
         c.rl.update({"max_prompt": 1536, "max_total": 3072, "max_new": 48, "lr": 1e-6, "cold_lr": 1e-5, "turns": 8})
     if variant == "paper":

@@ -94,11 +94,15 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.train.steps = 1200
     if variant in ("talker", "tiny_talker"):
         c.world.update({"scale": "talk", "titles": 100, "internal": 0.5, "both": 0.5})
-        c.text.update({"domains": ("talk",), "per_domain": 16000, "statements": 0})
+        c.text.update({"domains": ("talk", "match"), "per_domain": 12000, "statements": 0})
         c.text.prompt_weight = 0.1
         c.text.repeats = 8000
+        c.text.seen = 12000
         c.model.window = 6
-        c.train.steps = 400
+        # Whether an item's value was wished for has to be found out at the value, before the last layer, which then can
+        # see all values of an item at once. With layers 0 and 2 it was found out in the last one, too late to be used.
+        c.model.narrow = (0, 3)
+        c.train.steps = 800
     if variant in ("conflict", "no_conflict", "tiny_conflict"):
         # Passages are written in two dialects that mean different things by the same words: reading them takes
         # neurons, as remembering does, where names could be copied by attention alone. Few words make up all titles, so
@@ -135,6 +139,8 @@ def get_config(variant: str = "dense") -> ConfigDict:
         c.world.update({"internal": 0.3, "titles": 0})
     if variant == "tiny_talker":
         c.world.internal = 0.5
+        c.text.seen = 100
+        c.model.narrow = (0,)
     if variant == "tiny_searcher":
         c.world.titles = 0
     return c

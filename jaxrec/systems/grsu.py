@@ -38,6 +38,7 @@ from jaxrec.tools.simulated_user import ModelUser, TeacherUser, UserConfig
 from jaxrec.tools.talk_task import TalkTask
 from jaxrec.tools.teacher.base import Teacher
 from jaxrec.tools.user_instructions import (
+    WEIGHTS,
     Instruction,
     Instructions,
     critique_lists,
@@ -161,6 +162,8 @@ def check(config: Any) -> None:
             raise UsageError(f"{field}={c[part][name]} must not be negative")
     if c.synthesize.long not in ("drop", "error"):
         raise UsageError(f"synthesize.long={c.synthesize.long!r} must be drop or error")
+    if c.sft.weigh not in WEIGHTS:
+        raise UsageError(f"sft.weigh={c.sft.weigh!r} must be one of {', '.join(WEIGHTS)}")
     if c.sft.packed < 0 or 0 < c.sft.packed < c.sft.length:
         raise UsageError(f"sft.packed={c.sft.packed} must be 0, or at least sft.length={c.sft.length}")
     if c.rl.steps:
@@ -328,7 +331,7 @@ def tune(this: Run) -> None:
     rows, model, c = read_instructions(this.folder / "instructions.jsonl"), this.load(this.base), this.config
     end = model.config.eos_ids[0]
     arrays, long = encode_instructions(
-        rows, model.tokenizer, end, c.sft.length, c.synthesize.long, c.sft.packed, this.seed
+        rows, model.tokenizer, end, c.sft.length, c.synthesize.long, c.sft.packed, this.seed, c.sft.weigh
     )
     print(f"sft: {len(rows) - long} rows, {long} left out that are longer than sft.length={c.sft.length}")
     counts = {"rows": len(rows) - long, f"longer than sft.length={c.sft.length}": long}

@@ -58,7 +58,7 @@ def make_texts(config: Any) -> Texts:
 
 def _more(config: Any) -> dict[str, Any]:
     """What some variants' training text has besides: see ``training_rows``."""
-    names = ("conflicts", "conflict_share", "prompt_weight", "repeats", "unhelpful")
+    names = ("conflicts", "conflict_share", "prompt_weight", "repeats", "seen", "unhelpful")
     return {name: config.text[name] for name in names if name in config.text}
 
 
@@ -82,6 +82,10 @@ def check(config: Any) -> None:
         raise UsageError(
             f"train.source_units={units}: two sets of so many must fit model.ffn_dim={config.model.ffn_dim}"
         )
+    if stray := [at for at in config.model.get("narrow", ()) if not 0 <= at < config.model.layers]:
+        raise UsageError(f"model.narrow names layer {stray[0]}; of model.layers={config.model.layers} the first is 0")
+    if (seen := config.text.get("seen", 0)) < 0:
+        raise UsageError(f"text.seen={seen} must be a count")
     SFTConfig(_optimizer(config), router_balance=config.train.router_balance, mlp_sparsity=sparsity)
 
 
@@ -125,7 +129,8 @@ def train(config: Any, workdir: Path) -> Path:
     sizes = config.mesh.to_dict()
     mesh = make_mesh(**sizes) if set(sizes.values()) != {1} else None
     more = [*(search_phrases() if config.text.get("search", False) else ())]
-    more += talk_phrases() if "talk" in config.text.domains else ()
+    talks = {"talk", "match"} & set(config.text.domains) or config.text.get("seen", 0)
+    more += talk_phrases() if talks else ()
     model = new_model(texts, config.model.to_dict(), config.model.max_len, config.seed, more)
     x, home = config.text, t.get("domain_experts", 0)
     options = texts, model.tokenizer, x.per_domain, x.statements, x.length, config.seed, x.domains

@@ -23,6 +23,7 @@ from jaxrec.tools.user_prompts import UserPrompts
 from rl.rows import encode_pairs, stack_rows
 
 TOO_LONG = ("drop", "error")
+WEIGHTS = ("token", "row")
 LENGTH, EMPTY, LABEL, OTHER, TWICE = (
     "cut by length", "empty", "names what is wished for", "names another title", "duplicate",
 )  # fmt: skip
@@ -275,16 +276,20 @@ def _name(words: Sequence[str]) -> str:
 
 def encode_instructions(
     rows: Sequence[Instruction], tokenizer: Any, eos_id: int, max_len: int, too_long: str = "drop", packed: int = 0,
-    seed: int = 0,
+    seed: int = 0, weigh: str = "token",
 ) -> tuple[dict[str, np.ndarray], int]:  # fmt: skip
     """Arrays for ``rl.finetune`` ("tokens", "mask", "lengths"), and how many rows are left out, having more than
     ``max_len`` tokens. The completion and the end token behind it are learned, nothing else.
 
     Pieces are turned into tokens apart, as in the search. too_long: "error" raises ValueError for such rows instead.
     packed: in an order drawn from ``seed``, several rows are put into one of so many tokens, apart in its segments
-    (:func:`jaxrec.data.packing.pack`, "segment_ids" and "positions" in place of "lengths"); 0: a row each. Raises
-    ValueError for another word, for ``packed`` below ``max_len``, and where no row fits.
+    (:func:`jaxrec.data.packing.pack`, "segment_ids" and "positions" in place of "lengths"); 0: a row each. weigh:
+    "token" lets every learned token count 1, so that a critique counts many times a decision; "row" lets those of a row
+    count 1 together ("mask" is float32). Raises ValueError for another word, for ``packed`` below ``max_len``, and
+    where no row fits.
     """
+    if weigh not in WEIGHTS:
+        raise ValueError(f"weigh={weigh!r} must be one of {', '.join(WEIGHTS)}")
     if too_long not in TOO_LONG:
         raise ValueError(f"too_long={too_long!r} must be one of {', '.join(TOO_LONG)}")
     if 0 < packed < max_len:
@@ -298,7 +303,18 @@ def encode_instructions(
         raise ValueError(
             f"{dropped} of {len(rows)} rows have more than max_len={max_len} tokens; raise it or drop them"
         )
-    if not packed:
-        return stack_rows(pairs), dropped
-    order = np.random.Generator(np.random.PCG64([seed, 35])).permutation(len(pairs))
-    return pack([pairs[i] for i in order], packed), dropped
+    if packed:
+        order = np.random.Generator(np.random.PCG64([seed, 35])).permutation(len(pairs))
+        arrays = pack([pairs[i] for i in order], packed)
+    else:
+        arrays = stack_rows(pairs)
+    return arrays if weigh == "token" else {**arrays, "mask": _shared(arrays)}, dropped
+
+
+def _shared(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """float32 [B, T]: 1 over the learned tokens of each row, or of each segment of a packed one, else 0."""
+    learned = arrays["mask"] > 0
+    segments = arrays.get("segment_ids", np.zeros(learned.shape, np.int32))
+    key = segments + (segments.max() + 1) * np.arange(len(learned))[:, None]
+    count = np.bincount(key.ravel(), weights=learned.ravel())
+    return np.where(learned, 1 / np.maximum(count[key], 1), 0).astype(np.float32)

@@ -51,11 +51,11 @@ def encode(tokenizer, sample: Sample) -> tuple[list[int], int]:
 def training_rows(
     texts: Texts, tokenizer, per_domain: int, statements: int, length: int, seed: int,
     domains: Sequence[str] = DOMAINS, conflicts: int = 0, conflict_share: float = 0.5, prompt_weight: float = 0,
-    repeats: int = 0, unhelpful: int = 0,
+    repeats: int = 0, unhelpful: int = 0, seen: int = 0,
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Packed rows of ``per_domain`` questions of every domain, whose answers are learned, of ``statements`` of internal
-    facts, which are learned whole, of ``conflicts``, ``unhelpful`` and ``repeats`` (see ``Texts``); in random order.
-    prompt_weight: in the loss, of tokens of passages and questions, where an answer's count 1."""
+    facts, which are learned whole, of ``conflicts``, ``unhelpful``, ``repeats`` and ``seen`` (see ``Texts``); in random
+    order. prompt_weight: in the loss, of tokens of passages and questions, where an answer's count 1."""
     rng = np.random.Generator(np.random.PCG64([seed, 7]))
     samples = [s for domain in domains for s in texts.sample(domain, "train", rng, per_domain)]
     if statements and ("facts" in domains or "catalogue" in domains):
@@ -64,10 +64,12 @@ def training_rows(
         samples += texts.conflicts("train", rng, conflicts, conflict_share)
     samples += texts.unhelpful(rng, unhelpful)
     samples += texts.repeats(rng, repeats)
+    samples += texts.seen(rng, seen)
     rows, cut, (asked,) = [], 0, tokenizer.encode("?")
     for i in rng.permutation(len(samples)):
         ids, start = encode(tokenizer, samples[i])
         marks = _learned(ids, start, prompt_weight, tokenizer.eos_ids[0], asked)
+        marks[start:] = [mark * own for mark, own in zip(marks[start:], _own(tokenizer, samples[i], ids[start:]))]
         cut += len(ids) > length
         rows.append((ids[:length], marks[:length]))
     if cut:
@@ -105,16 +107,22 @@ def rows_by_source(
     remember, read = place < units, (place >= units) & (place < 2 * units)
     own = {"facts": remember, "catalogue": remember, "reading": read}
     both = {name: more.pop(name) for name in ("conflicts", "conflict_share", "unhelpful") if name in more}
-    repeats = more.pop("repeats", 0)
+    looking = {name: more.pop(name) for name in ("repeats", "seen") if more.get(name)}
     kinds = [(name, (name,), {}, ~own.get(name, ~(remember | read))) for name in domains]
     kinds += [("both", (), both, ~(remember | read))] if both.get("conflicts") or both.get("unhelpful") else []
-    kinds += [("repeats", (), {"repeats": repeats}, remember | read)] if repeats else []
+    kinds += [("looking back", (), looking, remember | read)] if looking else []
     parts = []
     for number, (name, kind, special, away) in enumerate(kinds):
         said = statements if name == "facts" else 0
         part = training_rows(texts, tokenizer, per_domain, said, length, seed + number, kind, **special, **more)
         parts.append({**part, "unit_away": np.tile(away, (len(part["tokens"]), 1))})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _own(tokenizer, sample: Sample, answer: Sequence[int]) -> list[bool]:
+    """Which tokens of an answer are of the words that are learned."""
+    words = {x for word in sample.learned for x in tokenizer.encode(f" {word}")}
+    return [not words or x in words for x in answer]
 
 
 def _learned(ids: Sequence[int], start: int, weight: float, end: int, asked: int) -> list[float]:
@@ -131,14 +139,16 @@ def _learned(ids: Sequence[int], start: int, weight: float, end: int, asked: int
 
 def new_model(texts: Texts, sizes: dict[str, Any], max_len: int, seed: int, more: Sequence[str] = ()) -> Model:
     """Random weights of the given sizes: a Qwen3, or with ``experts`` a Qwen3-MoE. A ``window`` is the number of tokens
-    that every other layer sees, the first one included. more: see :func:`world_tokenizer`."""
+    that the layers numbered in ``narrow`` see; where none are named, every other layer, the first one included. more:
+    see :func:`world_tokenizer`."""
     tokenizer = world_tokenizer(texts, more)
     experts = {name: sizes[name] for name in ("experts", "top_k")} if sizes["experts"] else {}
     window: dict[str, Any] = {}
     if sizes.get("window"):
+        narrow = sizes.get("narrow") or range(0, sizes["layers"], 2)
         window = {
             "sliding_window": sizes["window"],
-            "sliding_layers": tuple(i % 2 == 0 for i in range(sizes["layers"])),
+            "sliding_layers": tuple(i in narrow for i in range(sizes["layers"])),
         }
     config = models.Config(
         family="qwen3_moe" if experts else "qwen3", vocab_size=tokenizer.vocab_size, dim=sizes["dim"],
@@ -150,7 +160,8 @@ def new_model(texts: Texts, sizes: dict[str, Any], max_len: int, seed: int, more
 
 
 def arrays(tokenizer, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """ "tokens", "lengths", and "mask" bool [B, T]: the answers, with the token that ends them."""
+    """ "tokens", "lengths", and "mask" bool [B, T]: the answers, with the token that ends them, or what of them is
+    learned."""
     encoded = [encode(tokenizer, sample) for sample in samples]
     tokens, lengths = pad_rows([ids for ids, _ in encoded])
     width = -(-tokens.shape[1] // 32) * 32  # few shapes
@@ -158,6 +169,9 @@ def arrays(tokenizer, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
     starts = np.array([start for _, start in encoded])
     at = np.arange(width)
     mask = (at >= np.maximum(starts, 1)[:, None]) & (at < lengths[:, None])
+    for row, sample in enumerate(samples):
+        if sample.learned:
+            mask[row, starts[row] : lengths[row]] &= _own(tokenizer, sample, encoded[row][0][starts[row] :])
     return {"tokens": tokens, "lengths": lengths, "mask": mask}
 
 

@@ -8,12 +8,14 @@ Every sample is a prompt and an answer. Domains differ in words and in what has 
     dialogue   a seeker's wish, answered by repeating what was wished for and naming what to avoid
     catalogue  a title, described field by field from memory (internal facts)
     talk       a conversation of several turns, at whose end the recommender says all that the seeker wished for
+    match      such a conversation and an item, with a decision behind values of it: whether it was wished for
 
 Apart from these, :meth:`Texts.conflicts` makes reading prompts whose passage contradicts an internal fact, and
 :meth:`Texts.unhelpful` ones whose passages say nothing of it.
 
 Splits: "train" and "test" share no sample. Of facts and catalogue the test asks in a way in which the training text
-does not ask about that fact; of reading it takes other subjects; of sums, dialogue and talk other numbers and wishes.
+does not ask about that fact; of reading it takes other subjects; of sums, dialogue, talk and match other numbers and
+wishes.
 """
 
 import dataclasses
@@ -23,26 +25,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrec.data.dialogues import USER, spoken
-from jaxrec.world.conversations import NAMES, Conversations
+from jaxrec.data.dialogues import USER, Turn, spoken
+from jaxrec.world.conversations import NAMES, SAID, Conversations, Wish
 from jaxrec.world.encyclopaedia import PLAIN_WORDS, RELATIONS, Fact, Passage, by_subject, facts, passage
 from jaxrec.world.generate import World
 
-DOMAINS = ("facts", "reading", "sums", "dialogue", "catalogue", "talk")
+DOMAINS = ("facts", "reading", "sums", "dialogue", "catalogue", "talk", "match")
 _DIALECTS = ("northern", "eastern", "southern", "western", "upland", "lowland")  # what stands before their words
 _FIELDS = ("maker", "era", "genre", "mood", "theme")
 CUE = "\nAnswer:"  # what stands before an answer
 END = "<|eos|>"  # the tokenizer's end of text
 _LARGEST = 99  # of two numbers to add
+DECISIONS = ("Yes", "No")  # whether something was wished for, or seen
+_DRAWN = 60  # items, at most, of which a sample of match takes one
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """``answer`` follows ``prompt``; of a base model's text that is no question, the prompt is empty."""
+    """``answer`` follows ``prompt``; of a base model's text that is no question, the prompt is empty. learned: those
+    words of the answer that are learned, where others cannot be foretold; (): all of it."""
 
     domain: str
     prompt: str
     answer: str
+    learned: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +152,7 @@ class Texts:
         """``count`` samples, with repetition where a domain holds fewer. Raises ValueError for an unknown domain."""
         makers = {
             "facts": self._fact, "reading": self._reading, "sums": self._sum, "dialogue": self._dialogue,
-            "catalogue": self._catalogue, "talk": self._talk,
+            "catalogue": self._catalogue, "talk": self._talk, "match": self._match,
         }  # fmt: skip
         if domain not in makers or split not in ("train", "test"):
             raise ValueError(f"no domain {domain!r} or split {split!r}; domains: {', '.join(DOMAINS)}; train, test")
@@ -162,6 +168,20 @@ class Texts:
         for length in rng.integers(words[0], words[1] + 1, count):
             run = " ".join(self.words[i] for i in rng.integers(0, len(self.words), length))
             out.append(Sample("repeat", f" {run}.", f" {run}."))
+        return out
+
+    def seen(self, rng: np.random.Generator, count: int, words: tuple[int, int] = (4, 24)) -> list[Sample]:
+        """Runs of ``words`` (fewest, most) drawn words, the answer says of others, half of them from the run, whether
+        they were among them. From such text a model learns early to find the same word before."""
+        out = []
+        for length in rng.integers(words[0], words[1] + 1, count):
+            run = [self.words[i] for i in rng.integers(0, len(self.words), length)]
+            asked = [
+                run[rng.integers(length)] if rng.integers(2) else self.words[rng.integers(len(self.words))]
+                for _ in range(rng.integers(words[0], words[1] + 1))
+            ]
+            said = " ".join(f"{word} {DECISIONS[word not in run]}" for word in asked)
+            out.append(Sample("seen", f" {' '.join(run)}.", f" {said}", DECISIONS))
         return out
 
     def _fact(self, split: str, rng: np.random.Generator) -> Sample:
@@ -325,13 +345,38 @@ class Texts:
         """The world's conversations."""
         return Conversations(self.world, self.seed)
 
-    def _talk(self, split: str, rng: np.random.Generator) -> Sample:
+    def _heard(self, split: str, rng: np.random.Generator) -> tuple[int, tuple[Turn, ...], list[Wish]]:
+        """The hidden item of a conversation, its turns, and all that the seeker wishes for in them."""
         while True:
-            turns = self.talks.turns(self.talks.draw(split, rng), rng)
-            said = [w.words for t in turns if t.role == USER for w in self.talks.understand(t.text)]
-            if _held_out("talk", *said) == (split == "test"):
-                told = spoken(turns, tuple(NAMES.values()))
-                return Sample("talk", f"{told}\nRecommender:", f" So you want {', '.join(said)}.")
+            item = self.talks.draw(split, rng)
+            turns = self.talks.turns(item, rng)
+            said = [w for t in turns if t.role == USER for w in self.talks.understand(t.text)]
+            if _held_out("talk", *(w.words for w in said)) == (split == "test"):
+                return item, turns, said
+
+    def _talk(self, split: str, rng: np.random.Generator) -> Sample:
+        _, turns, said = self._heard(split, rng)
+        told = spoken(turns, tuple(NAMES.values()))
+        return Sample("talk", f"{told}\nRecommender:", f" So you want {', '.join(w.words for w in said)}.")
+
+    def _match(self, split: str, rng: np.random.Generator) -> Sample:
+        """The item is the one wished for in a quarter of the samples, else of up to :data:`_DRAWN` drawn ones that
+        which meets most wishes, so that every number of them comes up often. In training a decision follows every
+        second value, in the test one of them, which ends the prompt."""
+        item, turns, said = self._heard(split, rng)
+        wanted = [w for w in said if w.wanted]
+        if rng.integers(4):
+            drawn = rng.integers(0, len(self.talks.catalogue), rng.integers(1, _DRAWN + 1))
+            item = int(drawn[np.sum([self.talks.fits(w)[drawn] for w in wanted], axis=0).argmax()])
+        values = [self.talks.value(name, item) for name in SAID]
+        decisions = [DECISIONS[value not in {w.value for w in wanted}] for value in values]
+        prompt = f"{spoken(turns, tuple(NAMES.values()))}\nItem: {self.talks.catalogue.titles[item]} -"
+        if split == "test":
+            at = int(rng.integers(len(values)))
+            return Sample("match", f"{prompt} {' '.join(values[: at + 1])}", f" {decisions[at]}", DECISIONS)
+        asked = rng.integers(0, 2, len(values))
+        line = "".join(f" {v} {d}" if ask else f" {v}" for v, d, ask in zip(values, decisions, asked, strict=True))
+        return Sample("match", prompt, line, DECISIONS)
 
     def disputed(self, split: str) -> list[Fact]:
         """The internal facts that conflicts of a split are about: half of the subjects are the test's."""

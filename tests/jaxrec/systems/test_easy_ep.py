@@ -186,6 +186,10 @@ def test_a_base_model_is_made_once_per_config_and_seed():
         world_lm.make_texts(resolve_config("world_lm:tiny", ["--config.world.scale=small"]))
     with pytest.raises(UsageError, match=r"world\.title_words=0 must lie between 1 and 80"):
         world_lm.make_texts(resolve_config("world_lm:tiny_conflict", ["--config.world.title_words=0"]))
+    with pytest.raises(UsageError, match=r"model\.narrow names layer 2; of model\.layers=2 the first is 0"):
+        world_lm.check(resolve_config("world_lm:tiny_talker", ["--config.model.narrow=(0, 2)"]))
+    with pytest.raises(UsageError, match=r"text\.seen=-1 must be a count"):
+        world_lm.check(resolve_config("world_lm:tiny_talker", ["--config.text.seen=-1"]))
     with pytest.raises(UsageError, match=r"none is left to make up: raise title_words"):
         world_lm.make_texts(resolve_config("world_lm:tiny_conflict", ["--config.world.title_words=8"]))
 

@@ -154,6 +154,7 @@ def test_auc_is_the_share_of_pairs_in_order(this):
         ("rl.kl_coef=-0.1", "rl.kl_coef=-0.1 must be finite"),
         ("rl.kl=k9", "kl must be one of"),
         ("sft.packed=9", "sft.packed=9 must be 0"),
+        ("sft.weigh=both", "sft.weigh='both' must be one of token, row"),
         ("synthesize.closest=-1", "synthesize.closest=-1 must not"),
         ("data.wishes=9", "wishes=9"),
         ("recommender.k=65", "catalogue of 64"),

@@ -256,6 +256,24 @@ def test_packed_rows_have_the_loss_of_rows_apart():
         encode(packed=63)
 
 
+@pytest.mark.parametrize("packed", [0, 160])
+def test_weighed_by_row_a_decision_counts_as_much_as_a_critique(packed):
+    model, mine = tiny_model(), prompts()
+    rows = scoring_rows(INSTANCES[:1], [()], mine, np.random.default_rng(0)).rows
+    rows += critique_rows(INSTANCES[1:2], LISTS[1:2], mine, says(("not dark but very funny", "stop"))).rows
+    encode = functools.partial(encode_instructions, rows, model.tokenizer, model.config.eos_ids[0], 64, packed=packed)
+    (even, _), (each, _) = encode(weigh="row"), encode()
+    np.testing.assert_array_equal(even["mask"] > 0, each["mask"] > 0)
+    config = SFTConfig(OptimizerConfig(lr=1e-3))
+    loss = float(sft_loss(model.params, even, config, model.config, even["mask"].sum())[0])
+    alone = [encode_instructions([row], model.tokenizer, model.config.eos_ids[0], 64)[0] for row in rows]
+    own = [float(sft_loss(model.params, a, config, model.config, a["mask"].sum())[0]) for a in alone]
+    assert loss == pytest.approx(np.mean(own), rel=1e-5)
+    assert float(sft_loss(model.params, each, config, model.config, each["mask"].sum())[0]) != pytest.approx(loss, 1e-3)
+    with pytest.raises(ValueError, match="weigh='rows' must be one of token, row"):
+        encode(weigh="rows")
+
+
 def test_rows_that_are_too_long_are_counted_or_refused():
     mine, words = prompts(), tiny_model().tokenizer
     rows = scoring_rows([INSTANCES[0], Instance(DIALOGUES[2], (0,))], [(), ()], mine, np.random.default_rng(0)).rows

@@ -1,6 +1,7 @@
 """Text of the embedded world: true, deterministic, without leaks between splits, all of it known to the tokenizer."""
 
 import dataclasses
+import itertools
 import re
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 
 from jaxrec.tools.world_model import arrays, encode, new_model, training_rows, world_tokenizer
 from jaxrec.world import generate, world_config
-from jaxrec.world.conversations import talk_phrases
+from jaxrec.world.conversations import SAID, talk_phrases
 from jaxrec.world.encyclopaedia import RELATIONS, Fact, facts, passage
-from jaxrec.world.texts import CUE, DOMAINS, END, Texts
+from jaxrec.world.texts import CUE, DECISIONS, DOMAINS, END, Texts
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,46 @@ def test_sums_are_right(texts):
         assert sample.answer.replace(" ", "") == str(want)
 
 
+def test_a_match_says_what_was_wished_for_of_what_an_item_has(texts):
+    talks, counts, decided = texts.talks, set(), set()
+    for split in ("train", "test"):
+        for sample in texts.sample("match", split, rng(), 80):
+            told, _, line = (sample.prompt + sample.answer).rpartition("\nItem: ")
+            title, _, shown = line.partition(" - ")
+            have = [talks.value(name, talks.catalogue.titles.index(title)) for name in SAID]
+            wanted = {w.value for turn in told.split("\n") if turn.startswith("Seeker:") for w in talks.understand(turn)
+                      if w.wanted}  # fmt: skip
+            words = shown.split()
+            values = [word for word in words if word not in DECISIONS]
+            assert values == have[: len(values)]
+            for value, said in itertools.pairwise(words):
+                if said in DECISIONS:
+                    assert (said == "Yes") == (value in wanted)
+                    decided.add((split, talks.understand(value)[0].attribute, said))
+            counts.add(len(wanted & set(have)))
+    assert {0, 1, 2, 4} <= counts
+    assert len(decided) == 2 * len(SAID) * len(DECISIONS)  # of each attribute both occur, in both splits
+
+
+def test_words_are_said_to_be_seen_where_they_are(texts):
+    found = []
+    for sample in texts.seen(rng(), 60):
+        run, words = sample.prompt.strip(" .").split(), sample.answer.split()
+        assert all((said == "Yes") == (word in run) for word, said in zip(words[::2], words[1::2], strict=True))
+        found += words[1::2]
+    assert 0.4 < np.mean([said == "Yes" for said in found]) < 0.6
+
+
+def test_of_what_cannot_be_foretold_only_decisions_are_learned(texts):
+    tokenizer = world_tokenizer(texts, talk_phrases())
+    rows = training_rows(texts, tokenizer, 20, 0, 128, 0, ("match",), seen=20)
+    decisions = {tokenizer.encode(f" {word}")[0] for word in DECISIONS}
+    assert set(rows["tokens"][rows["mask"] > 0].tolist()) == decisions
+    asked = arrays(tokenizer, texts.sample("match", "test", rng(), 8))
+    assert asked["mask"].sum(axis=1).tolist() == [1] * 8
+    assert set(asked["tokens"][asked["mask"]].tolist()) <= decisions
+
+
 def test_every_word_is_one_token_and_nothing_is_lost(texts):
     tokenizer = world_tokenizer(texts, talk_phrases())
     for domain in DOMAINS:
@@ -144,11 +185,13 @@ def test_repeats_say_a_run_of_words_twice(texts):
     assert set(np.unique(rows["mask"]).tolist()) == {0.0, 0.25, 1.0}
 
 
-def test_a_window_is_that_of_every_other_layer(texts):
+def test_a_window_is_that_of_every_other_layer_or_of_those_named(texts):
     sizes = {"dim": 16, "layers": 3, "heads": 2, "head_dim": 8, "ffn_dim": 16, "experts": 0, "top_k": 0}
     assert new_model(texts, sizes, 64, 0).config.sliding_window is None
     config = new_model(texts, {**sizes, "window": 6}, 64, 0).config
     assert (config.sliding_window, config.sliding_layers) == (6, (True, False, True))
+    named = new_model(texts, {**sizes, "window": 6, "narrow": (1,)}, 64, 0).config
+    assert (named.sliding_window, named.sliding_layers) == (6, (False, True, False))
 
 
 def told_as(texts, fact, prompt):
